@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import logging
+
+import hypothesis
+import pytest
+import torch
+
+# No deadlines and no random seeds: CI machines are slow and a failure must come back. Nothing is stored beside the tests.
+hypothesis.settings.register_profile("freqkv", deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.load_profile("freqkv")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def deprecations_are_errors():
+    """transformers logs many of its deprecations instead of warning."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    deprecated = [m for m in messages if "deprecat" in m or "will be removed" in m]
+    assert not deprecated, deprecated
