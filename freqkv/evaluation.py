@@ -181,19 +181,17 @@ def token_losses(
             logits = model(input_ids=inputs, use_cache=False).logits
             losses.append(_cross_entropy(logits, targets))
         else:
-            for part, target in zip(inputs.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True):
-                logits = model(input_ids=part, past_key_values=past_key_values, use_cache=True).logits
-                losses.append(_cross_entropy(logits, target))
+            for start in range(0, inputs.shape[1], chunk_size):
+                chunk = slice(start, start + chunk_size)
+                logits = model(input_ids=inputs[:, chunk], past_key_values=past_key_values, use_cache=True).logits
+                losses.append(_cross_entropy(logits, targets[:, chunk]))
     return torch.cat(losses, dim=1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     # One sequence at a time: in float64 the logits of a whole batch can be too large for the memory.
-    rows = [
-        torch.nn.functional.cross_entropy(x.double(), y, reduction="none")
-        for x, y in zip(logits, targets, strict=False)
-    ]
-    return torch.stack(rows)
+    rows = zip(logits, targets, strict=True)
+    return torch.stack([torch.nn.functional.cross_entropy(x.double(), y, reduction="none") for x, y in rows])
 
 
 @contextmanager
@@ -311,7 +309,7 @@ def _answered(
             inputs = torch.cat([prompts, answers[:, :-1]], dim=1)
             logits = model(input_ids=inputs, use_cache=False).logits[:, prompts.shape[1] - 1 :]
         else:
-            parts = [*prompts.split(chunk_size, 1), *answers[:, :-1].split(1, 1)]
+            parts = [*torch.split(prompts, chunk_size, 1), *torch.split(answers, 1, 1)[:-1]]
             outputs = [
                 model(input_ids=p, past_key_values=cache, use_cache=True).logits[:, -1:] for p in parts if p.numel()
             ]

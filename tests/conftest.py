@@ -9,7 +9,7 @@ import torch
 # No deadlines and no random seeds: CI machines are slow and a failure must come back. Nothing is stored beside the tests.
 hypothesis.settings.register_profile("freqkv", deadline=None, derandomize=True, database=None, max_examples=25)
 hypothesis.settings.load_profile("freqkv")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors are tiny: more threads wait for each other
 
 
 @pytest.fixture(autouse=True)
