@@ -1,0 +1,402 @@
+"""What patching touches, and what is refused, by message."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from models import tiny_llama, tokens
+from transformers import DynamicCache
+
+import freqkv
+from freqkv import FreqKVCache, FreqKVConfig
+
+N = 23
+
+
+def instance_state(model):
+    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+
+
+@torch.no_grad()
+def plain_outputs(model):
+    ids = tokens(3 * N, batch=2)
+    return [
+        model(ids).logits,
+        model(ids, use_cache=False).logits,
+        model(ids, past_key_values=DynamicCache(config=model.config)).logits,
+        model.generate(ids, max_new_tokens=5, do_sample=False),
+    ]
+
+
+def test_unpatched_patched_and_unpatched_again_behave_alike():
+    model, untouched = tiny_llama(), tiny_llama()
+    before = instance_state(model)
+    expected = plain_outputs(model)
+    handle = freqkv.patch(model)
+    for a, b in zip(expected, plain_outputs(model), strict=True):
+        assert torch.equal(a, b), "a patched model without FreqKV in the call"
+    model.generate(tokens(3 * N), past_key_values=FreqKVCache(model.config, window=N), max_new_tokens=5)
+    handle.unpatch()
+    for a, b in zip(expected, plain_outputs(model), strict=True):
+        assert torch.equal(a, b)
+    after = instance_state(model)
+    assert before.keys() == after.keys()
+    assert all(before[name].keys() == after[name].keys() for name in before), "nothing is left on the instance"
+    for a, b in zip(expected, plain_outputs(untouched), strict=True):
+        assert torch.equal(a, b), "other instances are not touched"
+    with pytest.raises(ValueError, match="not patched"):
+        freqkv.unpatch(model)
+
+
+def test_patching_changes_neither_weights_nor_random_numbers():
+    model = tiny_llama(attention_dropout=0.5).train()
+    weights = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    freqkv.patch(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == "eager"
+
+
+def test_patch_is_idempotent_and_takes_the_last_numbers():
+    model = tiny_llama()
+    freqkv.patch(model)
+    forward = model.model.layers[0].self_attn.forward
+    handle = freqkv.patch(model, window=N)
+    assert model.model.layers[0].self_attn.forward is forward
+    assert handle.config == FreqKVConfig(N)
+    with freqkv.patch(model, window=N + 5, recent_tokens=2):
+        assert handle.config == FreqKVConfig(N + 5, recent_tokens=2)
+        with freqkv.patch(model):
+            assert handle.config is None
+        assert handle.config == FreqKVConfig(N + 5, recent_tokens=2)
+    assert handle.config == FreqKVConfig(N)
+    handle.unpatch()
+    with pytest.raises(RuntimeError, match="inside"), freqkv.patch(model):
+        raise RuntimeError("inside")
+    with pytest.raises(ValueError, match="not patched"):
+        handle.unpatch()
+
+
+def test_the_handle_tells_how_each_layer_caches():
+    text = repr(freqkv.patch(tiny_llama(layers=3)))
+    assert "LlamaForCausalLM, calls with a FreqKVCache" in text
+    assert "layer 2: model.layers.2.self_attn, keys rotated, half pairing" in text
+
+
+def test_signatures_stay():
+    model = tiny_llama()
+    before = inspect.signature(model.model.forward), inspect.signature(model.model.layers[0].self_attn.forward)
+    freqkv.patch(model)
+    after = inspect.signature(model.model.forward), inspect.signature(model.model.layers[0].self_attn.forward)
+    assert before == after
+
+
+def test_positional_arguments():
+    model = tiny_llama()
+    freqkv.patch(model, window=N)
+    ids = tokens(3 * N)
+    with torch.no_grad():
+        by_name = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        by_place = model.model(ids, torch.ones_like(ids), None, None, None, False)[0]
+    assert torch.equal(by_name, by_place)
+
+
+@torch.no_grad()
+def test_copies_of_a_patched_model_stand_alone():
+    model = tiny_llama()
+    freqkv.patch(model, window=N)
+    ids = tokens(3 * N)
+    expected = model(ids, use_cache=False).logits
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (copied, loaded):
+        assert torch.equal(twin(ids, use_cache=False).logits, expected)
+        twin.model.layers[0].self_attn.q_proj.weight.zero_()
+        assert not torch.equal(twin(ids, use_cache=False).logits, expected)
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+        freqkv.unpatch(twin)
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+def test_a_saved_model_is_an_unpatched_one(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "plain")
+    freqkv.patch(model, window=N)
+    model.save_pretrained(tmp_path / "patched")
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
+    freqkv.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "patched"))
+
+
+def test_window_beyond_the_context_warns_once(caplog):
+    model = tiny_llama(context=77)
+    with caplog.at_level(logging.WARNING, logger="freqkv"):
+        FreqKVCache(model.config, window=78)
+        FreqKVCache(model.config, window=78)
+        freqkv.patch(model, window=78)
+        FreqKVCache(model.config, window=77)
+    assert [record.getMessage() for record in caplog.records] == [
+        "window=78 is larger than the model's context length of 77 tokens: slots from 77 on are positions the model was "
+        "not trained on, and quality there is what its RoPE extrapolation gives. Pass window=77 or less to stay inside."
+    ]
+
+
+def test_the_window_is_the_context_length_by_default():
+    model = tiny_llama(context=77)
+    assert FreqKVCache(model.config).config == FreqKVConfig(77)
+    assert freqkv.patch(model, FreqKVConfig()).config == FreqKVConfig(77)
+    config = copy.copy(model.config)
+    config.max_position_embeddings = 0
+    with pytest.raises(ValueError, match=r"does not tell its context length .* pass window="):
+        FreqKVCache(config)
+
+
+def test_a_cache_tells_its_state():
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N, recent_tokens=3)
+    assert (cache.tokens_seen, cache.entries, cache.compressions, cache.nbytes) == (0, 0, 0, 0)
+    with torch.no_grad():
+        model(tokens(3 * N), past_key_values=cache)
+    size = 2 * 2 * N * 2 * 16 * 4
+    assert (cache.tokens_seen, cache.compressions, cache.nbytes) == (69, 6, size)
+    assert repr(cache) == (
+        "FreqKVCache(window=23, sink_tokens=4, retain_ratio=0.5, recent_tokens=3, compressor=low_pass_entries: 2 layers, "
+        f"69 tokens seen, 21/23 entries held, 6 compressions, {size} bytes of float32 on cpu)"
+    )
+    assert repr(cache.layers[0]) == "FreqKVLayer(21/23 entries, 69 tokens seen)"
+    assert len(cache) == 2
+    assert cache.get_mask_sizes(1, 0) == (22, 48)
+    assert cache.get_max_length() == -1
+    cache.reset()
+    assert (cache.tokens_seen, cache.entries, cache.nbytes) == (0, 0, size)
+
+
+# Refusals
+
+
+def test_an_unpatched_model_is_refused():
+    model = tiny_llama()
+    cache = FreqKVCache(model.config, window=N)
+    with pytest.raises(RuntimeError, match=r"patched model only: call freqkv.patch\(model\)"):
+        model.generate(tokens(5), past_key_values=cache, max_new_tokens=2)
+    freqkv.patch(model)
+    model.generate(tokens(5), past_key_values=cache, max_new_tokens=2)
+
+
+TINY = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+NOT_ROTARY = {
+    "gpt2": transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, **TINY),
+    "bloom": transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, **TINY),
+    "mpt": transformers.MptConfig(d_model=16, n_layers=1, n_heads=2, **TINY),
+    "opt": transformers.OPTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16, **TINY
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOT_ROTARY)
+def test_models_without_rope_are_refused(family):
+    model = transformers.AutoModelForCausalLM.from_config(NOT_ROTARY[family])
+    before = instance_state(model)
+    with pytest.raises(
+        freqkv.UnsupportedModelError, match=rf"model type '{family}'\) has no rotary .* Use transformers' DynamicCache"
+    ):
+        freqkv.patch(model)
+    assert all(before[name].keys() == state.keys() for name, state in instance_state(model).items())
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **TINY
+    )
+    with pytest.raises(freqkv.UnsupportedModelError, match=r"'t5'.* is an encoder-decoder"):
+        freqkv.patch(transformers.T5ForConditionalGeneration(config))
+
+
+def test_layers_that_are_not_full_attention_are_refused():
+    config = transformers.MistralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        sliding_window=8, **TINY,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    with pytest.raises(ValueError, match="layer 0 of MistralConfig keeps a DynamicSlidingWindowLayer"):
+        freqkv.patch(model)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"layers": 3}, "number of layers 3, this model has 2"),
+        ({"kv_heads": 1}, "number of KV heads 1, this model has 2"),
+        ({"head_dim": 8}, "head size 8, this model has 16"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(other, message):
+    model = tiny_llama()
+    freqkv.patch(model)
+    with pytest.raises(ValueError, match=message):
+        model(tokens(5), past_key_values=FreqKVCache(tiny_llama(**other).config, window=N))
+
+
+def test_a_cache_filled_in_another_dtype_or_batch_is_refused_and_unharmed():
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    with torch.no_grad():
+        model(tokens(2 * N), past_key_values=cache)
+        expected = model(tokens(4), past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(ValueError, match="batch size 1, the model brings batch size 2"):
+            model(tokens(5, batch=2), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"dtype torch.float32, the model brings dtype torch.bfloat16"):
+            copy.deepcopy(model).bfloat16()(tokens(5), past_key_values=cache)
+        assert torch.equal(model(tokens(4), past_key_values=cache).logits, expected)
+        meta = copy.deepcopy(cache)
+        for layer in meta.layers:
+            layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+        with pytest.raises(ValueError, match="device meta, the model brings device cpu"):
+            model(tokens(5), past_key_values=meta)
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_arguments_that_freqkv_cannot_serve(with_cache):
+    model = tiny_llama()
+    freqkv.patch(model, window=N)
+    ids = tokens(30, batch=2)
+    cache = FreqKVCache(model.config, window=N) if with_cache else None
+    call = {"past_key_values": cache, "use_cache": with_cache}
+    packed = torch.cat([torch.arange(10), torch.arange(20)])[None]
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(ids, position_ids=packed, **call)
+    with pytest.raises(ValueError, match="must count the tokens of each row, here from 0 to 29"):
+        model(ids, position_ids=torch.arange(7, 37)[None], **call)
+    with pytest.raises(ValueError, match=r"packed sequences \(cu_seq_lens_q\)"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 10, 30]), **call)
+    with pytest.raises(ValueError, match="custom 4-D attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 30, 30), **call)
+    padded = torch.ones_like(ids)
+    padded[1, :3] = 0
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        model(ids, attention_mask=padded, **call)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(**call)
+    assert cache is None or cache.tokens_seen == 0
+    model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(30)[None], **call)
+
+
+def test_entry_points_share_one_config():
+    model = tiny_llama()
+    for entry in (
+        lambda *args, **numbers: FreqKVCache(model.config, *args, **numbers),
+        lambda *args, **numbers: freqkv.patch(model, *args, **numbers),
+    ):
+        with pytest.raises(TypeError, match=r"pass numbers by name, for example window=64"):
+            entry(64)
+        with pytest.raises(ValueError, match="not both: window"):
+            entry(FreqKVConfig(64), window=32)
+        with pytest.raises(ValueError, match="must be at most 6"):
+            entry(window=8, sink_tokens=7)
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            entry(windows=8)
+
+
+def test_a_compressor_that_returns_the_wrong_shape_is_named():
+    model = tiny_llama()
+    freqkv.patch(model)
+
+    def keep_all(keys, values, keep):
+        return keys, values
+
+    cache = FreqKVCache(model.config, window=N, compressor=keep_all)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"compressor keep_all returned keys of shape \(1, 2, 19, 16\)"),
+    ):
+        model(tokens(2 * N), past_key_values=cache)
+
+
+@pytest.mark.parametrize("where", ["first layer", "last layer", "after the layers", "inside update"])
+def test_an_interrupted_forward_spends_the_cache(where):
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    ids = tokens(3 * N + 2)
+    with torch.no_grad():
+        model(ids[:, :N], past_key_values=cache)
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        if where == "inside update":
+            cache.layers[1].compressor = interrupt
+        target = {
+            "first layer": model.model.layers[0].mlp,
+            "last layer": model.model.layers[1].mlp,
+            "after the layers": model.model.norm,
+            "inside update": model.lm_head,
+        }[where]
+        hook = target.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, N:], past_key_values=cache)
+        hook.remove()
+        cache.layers[1].compressor = freqkv.low_pass_entries
+        assert "spent: call reset()" in repr(cache)
+        with pytest.raises(RuntimeError, match=r"interrupted half-way .* Call cache.reset\(\)"):
+            model(ids[:, N:], past_key_values=cache)
+        cache.reset()
+        again = model(ids, past_key_values=cache).logits
+        assert torch.equal(again, model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits)
+
+
+def test_an_error_before_any_token_entered_leaves_the_cache_as_it_was():
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    ids = tokens(3 * N)
+    with torch.no_grad():
+        model(ids[:, : 2 * N], past_key_values=cache)
+        with pytest.raises(IndexError):
+            model(ids[:, 2 * N :] + 1000, past_key_values=cache)
+        logits = model(ids[:, 2 * N :], past_key_values=cache).logits
+        whole = model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits
+    assert torch.allclose(logits, whole[:, 2 * N :], atol=1e-4)
+
+
+def test_a_cache_is_copied_whole():
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    with torch.no_grad():
+        model(tokens(2 * N), past_key_values=cache)
+        branch = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+        one = model(tokens(N, seed=3), past_key_values=cache).logits
+        two = model(tokens(N, seed=3), past_key_values=branch).logits
+    assert torch.equal(one, two)
+
+
+def test_importing_is_lean_and_silent():
+    code = (
+        "import sys, freqkv; heavy = {'matplotlib', 'hypothesis', 'pytest', 'transformers.models.llama'}; "
+        "print(sorted(heavy & set(sys.modules)), freqkv.__all__ == sorted(freqkv.__all__))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:freqkv", "-c", code], capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("[] True\n", 0), done.stderr
