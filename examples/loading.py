@@ -1,0 +1,57 @@
+"""Command-line arguments that all example scripts share: which model, where, and the cache's four numbers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from freqkv import FreqKVConfig
+
+SHIPPED = Path(__file__).parent / "tiny_lm"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--device-map", help="spread the model over devices (accelerate), for example auto")
+    group.add_argument("--load-in-4bit", action="store_true", help="needs the package bitsandbytes")
+    group.add_argument("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, flash_attention_2")
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cache")
+    group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
+    group.add_argument("--sink-tokens", type=int, default=4)
+    group.add_argument("--retain-ratio", type=float, default=0.5)
+    group.add_argument(
+        "--recent-tokens", type=int, help="window / 8 by default, as suits models that were not fine-tuned for FreqKV"
+    )
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.dtype == "auto" and args.device == "cpu" and args.device_map is None:
+        dtype = torch.float32
+    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
+    if args.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    if args.device_map is not None or args.load_in_4bit:
+        options["device_map"] = args.device_map or args.device
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options).to(args.device)
+    return model.eval(), AutoTokenizer.from_pretrained(args.model)
+
+
+def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
+    window = FreqKVConfig(args.window).resolve(model.config).window
+    assert window is not None
+    recent = window // 8 if args.recent_tokens is None else args.recent_tokens
+    return FreqKVConfig(window, args.sink_tokens, args.retain_ratio, recent)
