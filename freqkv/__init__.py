@@ -1,7 +1,7 @@
 """FreqKV: a KV cache that lets RoPE language models in Transformers run forever inside their own context window."""
 
-from freqkv.attention import Patch, UnsupportedModelError, patch, unpatch
-from freqkv.cache import FreqKVCache
+from freqkv.attention import Patch, patch, unpatch
+from freqkv.cache import FreqKVCache, UnsupportedModelError
 from freqkv.compressors import Compressor, keep_recent, low_pass_entries, mean_pool
 from freqkv.config import FreqKVConfig
 from freqkv.schedule import Fold, Schedule, Segment

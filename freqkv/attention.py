@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from freqkv.cache import FreqKVCache, FreqKVLayer, geometry, make_config
+from freqkv.cache import FreqKVCache, FreqKVLayer, UnsupportedModelError, geometry, make_config
 from freqkv.compressors import Compressor, low_pass_entries
 from freqkv.config import FreqKVConfig
 from freqkv.rotary import Pairing, SlotRotation, find_pairing, slot_table
 
-__all__ = ["Patch", "UnsupportedModelError", "patch", "unpatch"]
+__all__ = ["Patch", "patch", "unpatch"]
 
+# A 4-D mask is taken as it is: given one of this shape, a decoder builds none, and wrapped layers make their own.
+PLACEHOLDER_SHAPE = (1, 1, 1, 0)
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot run with FreqKV; the message names the family, the reason and the way out."""
 
 
 def patch(
@@ -95,10 +93,10 @@ def unpatch(model: PreTrainedModel) -> None:
     if not wrapped:
         raise ValueError("this model is not patched")
     for module, name, wrapper in wrapped:
-        if wrapper.replaced is None:
+        if name == wrapper.name and wrapper.replaced is None:
             del module.__dict__[name]
-        else:
-            module.__dict__[name] = wrapper.replaced
+        else:  # the instance had a forward of its own before, or somebody has wrapped ours since
+            module.__dict__[name] = wrapper.original
 
 
 class Patch:
@@ -147,6 +145,7 @@ class _Shared:
 
     def __init__(self, model_config: Any, rotary: nn.Module) -> None:
         self.model_config = model_config
+        self.geometry = geometry(model_config)
         self.rotary = rotary
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
@@ -177,11 +176,8 @@ class _Shared:
             return kept[key]
         return self._masks[key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        copied = _Shared(self.model_config, memo.get(id(self.rotary), self.rotary))
-        memo[id(self)] = copied
-        copied.config, copied.compressor, copied.layers = self.config, self.compressor, dict(self.layers)
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
 
 
 class _Behind:
@@ -204,6 +200,7 @@ class _Wrapper:
 
     def __init__(self, owner: Any, name: str, shared: _Shared) -> None:
         self.shared = shared
+        self.name = name
         self.replaced = owner.__dict__.get(name)
         self.original: Callable[..., Any] = getattr(owner, name)
         self.parameters = list(inspect.signature(self.original).parameters)
@@ -228,6 +225,11 @@ class _AttentionForward(_Wrapper):
         elif cache is None and self.shared.config is not None:
             layer = FreqKVLayer(self.shared.config, self.shared.compressor, preallocate=False)
             kwargs = {**kwargs, "past_key_values": _OneLayer(layer)}
+        elif _is_placeholder(kwargs.get("attention_mask")):
+            raise RuntimeError(
+                "the FreqKVCache of this forward did not reach its attention layers: gradient checkpointing drops caches. "
+                "For training, patch with numbers, freqkv.patch(model, window=...), and pass no cache"
+            )
         else:
             return self.original(**kwargs)
 
@@ -276,15 +278,13 @@ class _DecoderForward(_Wrapper):
             self._check_cache(cache)
             cache.begin_forward()
         self._check_arguments(kwargs, cache)
-        # A 4-D mask is taken as it is: the decoder builds none, and the wrapped layers do not look at this one.
-        placeholder = torch.empty((1, 1, 1, 0))
-        output = self.original(**{**kwargs, "attention_mask": placeholder})
+        output = self.original(**{**kwargs, "attention_mask": torch.empty(PLACEHOLDER_SHAPE)})
         if cache is not None:
             cache.end_forward()
         return output
 
     def _check_cache(self, cache: FreqKVCache) -> None:
-        for what, expected in geometry(self.shared.model_config).items():
+        for what, expected in self.shared.geometry.items():
             if cache.geometry[what] != expected:
                 raise ValueError(
                     f"this FreqKVCache was made for a model with {what} {cache.geometry[what]}, this model has "
@@ -384,6 +384,10 @@ def _sliced(kwargs: dict[str, Any], start: int, stop: int, tokens: int) -> dict[
         return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == tokens and name != "attention_mask"
 
     return {name: value[:, start:stop] if per_token(name, value) else value for name, value in kwargs.items()}
+
+
+def _is_placeholder(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.shape == PLACEHOLDER_SHAPE
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Wrapper]]:

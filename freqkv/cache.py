@@ -17,7 +17,11 @@ from freqkv.rotary import SlotRotation
 from freqkv.schedule import Fold, Segment
 from freqkv.transform import compute_dtype
 
-__all__ = ["FreqKVCache", "FreqKVLayer"]
+__all__ = ["FreqKVCache", "FreqKVLayer", "UnsupportedModelError"]
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot run with FreqKV; the message names the family, the reason and the way out."""
 
 
 class FreqKVLayer(CacheLayerMixin):
@@ -279,7 +283,9 @@ class FreqKVCache(Cache):
     Raises
     ------
     TypeError, ValueError
-        If the numbers cannot work together, or the model has layers that are not full attention.
+        If the numbers cannot work together.
+    UnsupportedModelError
+        If the model has layers that are not full attention.
 
     Examples
     --------
@@ -310,7 +316,7 @@ class FreqKVCache(Cache):
         layers: list[Any] = DynamicCache(config=model_config).layers
         for index, layer in enumerate(layers):
             if type(layer) is not DynamicLayer:
-                raise ValueError(
+                raise UnsupportedModelError(
                     f"layer {index} of {type(model_config).__name__} keeps a {type(layer).__name__}; FreqKV serves models "
                     "whose layers are all full attention so far. Use transformers' DynamicCache for this model"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -89,6 +90,36 @@ def test_patch_is_idempotent_and_takes_the_last_numbers():
         raise RuntimeError("inside")
     with pytest.raises(ValueError, match="not patched"):
         handle.unpatch()
+
+
+def test_forwards_that_others_wrapped_before_or_after_are_kept():
+    """As accelerate's hooks do: the forward before theirs is kept on the instance under another name."""
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    calls = []
+
+    def wrapped(forward, name):
+        @functools.wraps(forward)
+        def call(*args, **kwargs):
+            calls.append(name)
+            return forward(*args, **kwargs)
+
+        return call
+
+    before = wrapped(attention.forward, "before")
+    attention.forward = before
+    freqkv.patch(model)
+    attention._old_forward = attention.forward
+    attention.forward = wrapped(lambda *args, **kwargs: attention._old_forward(*args, **kwargs), "after")
+    with torch.no_grad():
+        calls.clear()
+        model(tokens(3 * N), past_key_values=FreqKVCache(model.config, window=N))
+        assert set(calls) == {"before", "after"}
+        freqkv.unpatch(model)
+        calls.clear()
+        assert attention._old_forward is before
+        model(tokens(5))
+        assert set(calls) == {"before", "after"}
 
 
 def test_the_handle_tells_how_each_layer_caches():
@@ -237,7 +268,9 @@ def test_layers_that_are_not_full_attention_are_refused():
         sliding_window=8, **TINY,
     )  # fmt: skip
     model = transformers.MistralForCausalLM(config)
-    with pytest.raises(ValueError, match="layer 0 of MistralConfig keeps a DynamicSlidingWindowLayer"):
+    with pytest.raises(
+        freqkv.UnsupportedModelError, match="layer 0 of MistralConfig keeps a DynamicSlidingWindowLayer"
+    ):
         freqkv.patch(model)
 
 
@@ -315,6 +348,26 @@ def test_entry_points_share_one_config():
             entry(window=8, sink_tokens=7)
         with pytest.raises(TypeError, match="unexpected keyword"):
             entry(windows=8)
+
+
+def test_gradient_checkpointing_with_a_cache_is_refused_and_without_one_works():
+    model = tiny_llama().train()
+    ids = tokens(2 * N)
+    freqkv.patch(model, window=N)
+    model(ids, use_cache=False).logits.square().mean().backward()
+    expected = model.lm_head.weight.grad, model.model.layers[0].self_attn.k_proj.weight.grad
+    model.zero_grad()
+    for reentrant in (False, True):
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(ids, use_cache=False).logits.square().mean().backward()
+        for grad, weight in zip(expected, (model.lm_head, model.model.layers[0].self_attn.k_proj), strict=True):
+            assert torch.allclose(weight.weight.grad, grad, atol=1e-5 * grad.abs().max())
+        model.zero_grad()
+    freqkv.patch(model)
+    with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
+        model(ids, past_key_values=FreqKVCache(model.config, window=N))
 
 
 def test_a_compressor_that_returns_the_wrong_shape_is_named():
