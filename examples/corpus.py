@@ -13,7 +13,6 @@ import random
 import string
 import sysconfig
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -41,9 +40,10 @@ TEST = (
 
 HELD_OUT = VALIDATION + TEST
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 MAX_DOCUMENT_CHARS = 120_000
 MAX_TABLE_CHARS = 2_000
-SHARED_RUN_LINES = 8
+SHARED_RUN_LINES = 8  # a file with this many lines of code in a row from a held-out module is not trained on
 
 FACT = "\n# register {key} holds {value}"
 QUESTION = "\n# register {key} holds"
@@ -59,8 +59,8 @@ def training_documents() -> list[tuple[str, str]]:
     Returns
     -------
     list of (name, text)
-        Sorted by name, the path below the library's folder. Long files are cut to ``MAX_DOCUMENT_CHARS``
-        characters and generated code tables to ``MAX_TABLE_CHARS``, so that none dominates.
+        Names are paths below the library's folder, and the order is always the same. Long files are cut to
+        ``MAX_DOCUMENT_CHARS`` characters and generated code tables to ``MAX_TABLE_CHARS``, so that none dominates.
     """
     held_out_runs = {run for _, text in held_out_documents() for run in _code_runs(text)}
     documents = []
@@ -92,23 +92,19 @@ def held_out_documents(modules: Sequence[str] = HELD_OUT) -> list[tuple[str, str
     """
     if unknown := set(modules) - set(HELD_OUT):
         raise ValueError(f"not held out of the training text: {sorted(unknown)}")
-    sources = dict(_library_sources())
-    return [(module, sources[f"{module}.py"]) for module in modules if f"{module}.py" in sources]
+    paths = [(module, LIBRARY / f"{module}.py") for module in modules]
+    return [(module, path.read_text(encoding="utf-8")) for module, path in paths if path.exists()]
 
 
-@cache
-def _library_sources() -> tuple[tuple[str, str], ...]:
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = []
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library)
+def _library_sources() -> Iterator[tuple[str, str]]:
+    for path in sorted(LIBRARY.rglob("*.py")):
+        name = path.relative_to(LIBRARY)
         if not {"site-packages", "dist-packages", "__pycache__"}.isdisjoint(name.parts):
             continue
         try:
-            sources.append((name.as_posix(), path.read_text(encoding="utf-8")))
+            yield name.as_posix(), path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # the library's own tests of other encodings
-    return tuple(sorted(sources))
 
 
 def _code_runs(text: str) -> Iterator[str]:
@@ -181,7 +177,7 @@ class RecallTask:
         code : sequence of int, length T
             Token ids of a window of code; its end gives way to the facts and questions.
         max_facts : int
-            Most facts in the window; one to three questions follow for each on average.
+            Most facts in the window; one to three questions follow each.
 
         Returns
         -------
@@ -193,10 +189,11 @@ class RecallTask:
         facts = list(random_facts(rng, rng.randint(1, max_facts)).items())
         lines = []
         for fact in facts:
-            place = 0.95 * rng.random() ** 1.5  # more facts early, as only these can be asked for from far away
+            # Facts lean to the start and questions to the end: few would be far apart otherwise.
+            place = 0.95 * rng.random() ** 2
             lines.append((place, fact, False))
             for _ in range(rng.randint(1, 3)):
-                lines.append((rng.uniform(place, 1.0), fact, True))
+                lines.append((1 - (1 - place) * rng.random() ** 1.5, fact, True))
         lines.sort()
         code = code[: max(len(code) - len(lines) * self.fact_tokens, 0)]
         starts = self._line_starts(code)

@@ -45,6 +45,7 @@ END = "<|endoftext|>"
 SPLIT = r"\s*[\r\n][ \t]*| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 RECALL_DISTANCES = (16, 32, 64, 128, 192, 256, 320, 384, 448, 480)
 PROMPT_LENGTH = 504
+TEST_QUESTIONS = 64
 LIBRARY_REPEATS = 2  # the library's own tests are more than half of the text, and less like what is held out
 
 
@@ -53,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20_000, help="budget in optimizer steps")
     parser.add_argument("--minutes", type=float, default=95.0, help="budget in minutes; the first one used up ends it")
     parser.add_argument("--batch-size", type=int, default=12, help="sequences per step")
-    parser.add_argument("--recall-share", type=float, default=0.25, help="share of sequences with facts and questions")
-    parser.add_argument("--answer-weight", type=float, default=3.0, help="weight of an answer's tokens in the loss")
+    parser.add_argument("--recall-share", type=float, default=0.4, help="share of sequences with facts and questions")
+    parser.add_argument("--answer-weight", type=float, default=10.0, help="weight of an answer's tokens in the loss")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="for the matrices inside the layers")
     parser.add_argument("--adamw-lr", type=float, default=4e-3, help="for the embedding and the norms")
     parser.add_argument("--warmup", type=float, default=0.01, help="share of the budget")
@@ -169,6 +170,7 @@ class Report:
     training_loss: float
     bits_per_byte: float
     recall: dict[int, float]
+    recall_share: float
 
 
 class Validation:
@@ -187,12 +189,11 @@ class Validation:
             task.question(rng, code, distance, PROMPT_LENGTH) for distance in RECALL_DISTANCES for _ in range(questions)
         ]
 
-    def bins(self, model: LlamaForCausalLM, edges: tuple[int, ...]) -> list[PositionBin]:
+    def bins(self, model: LlamaForCausalLM, edges: tuple[int, ...] = ()) -> list[PositionBin]:
+        """One bin for all positions, then those between the edges."""
         losses = torch.cat([token_losses(model, part).cpu() for part in self._ids.split(16)])
-        return bits_per_byte(losses, self._lengths, edges)
-
-    def bits_per_byte(self, model: LlamaForCausalLM) -> float:
-        return self.bins(model, (0, WINDOW + 1))[0].bits_per_byte
+        whole = bits_per_byte(losses, self._lengths, (0, WINDOW + 1))
+        return whole + bits_per_byte(losses, self._lengths, edges) if edges else whole
 
     def recall(self, model: LlamaForCausalLM) -> dict[int, float]:
         return recall_accuracy(model, self._questions)
@@ -272,15 +273,17 @@ def train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     validated = started
     recent_losses: list[float] = []
-    with tqdm(total=100.0, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    used = 100 * earlier_seconds / (60 * args.minutes)
+    bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=100.0, initial=used, mininterval=10, bar_format=bar_format) as bar:
         while True:
             seconds = earlier_seconds + time.monotonic() - started
             share = max(step / args.steps, seconds / (60 * args.minutes))
             bar.update(min(share * 100, 100.0) - bar.n)
             if share >= 1 or time.monotonic() - validated > 60 * args.validate_minutes:
-                recall = validation.recall(model)
+                bits, recall = validation.bins(model)[0].bits_per_byte, validation.recall(model)
                 loss = float(np.mean(recent_losses)) if recent_losses else math.nan
-                report = Report(step, seconds / 60, loss, validation.bits_per_byte(model), recall)
+                report = Report(step, seconds / 60, loss, bits, recall, args.recall_share)
                 reports.append(asdict(report))
                 recent_losses.clear()
                 tqdm.write(describe(report))
@@ -315,7 +318,17 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix(step=step, loss=f"{recent_losses[-1]:.3f}", refresh=False)
 
 
-RUN_ARGUMENTS = ("runs", "output", "resume", "export_only", "minutes", "steps", "validate_minutes")
+RUN_ARGUMENTS = (
+    "runs",
+    "output",
+    "resume",
+    "export_only",
+    "minutes",
+    "steps",
+    "validate_minutes",
+    "recall_share",
+    "answer_weight",
+)
 """Arguments a resumed run takes from its own command line; all others come from the checkpoint."""
 
 
@@ -356,32 +369,34 @@ def export(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.output)
 
     exported = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
-    test = Validation(tokenizer, TEST, questions=64)
+    test = Validation(tokenizer, TEST, questions=TEST_QUESTIONS)
     figures = {
         "parameters": sum(p.numel() for p in exported.parameters()),
-        "bits_per_byte": [asdict(part) for part in test.bins(exported, (0, WINDOW + 1))],
-        "bits_per_byte_by_position": [asdict(part) for part in test.bins(exported, (0, 65, 129, 257, WINDOW + 1))],
+        "bins": [asdict(part) for part in test.bins(exported, edges=(0, 65, 129, 257, WINDOW + 1))],
         "recall": test.recall(exported),
     }
     (args.output / "README.md").write_text(model_card(args, checkpoint, figures), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.output.iterdir())
-    whole = figures["bits_per_byte"][0]["bits_per_byte"]
+    whole = figures["bins"][0]["bits_per_byte"]
     print(f"{args.output}: {size:,} bytes, {whole:.4f} bits per byte on the test modules")
     print("recall by distance:", json.dumps(figures["recall"]))
 
 
 def model_card(args: argparse.Namespace, checkpoint: dict, figures: dict) -> str:
-    whole = figures["bits_per_byte"][0]
+    whole = figures["bins"][0]
     positions = "\n".join(
         f"| {max(part['start'], 1)} to {part['stop'] - 1} | {part['bits_per_byte']:.4f} |"
-        for part in figures["bits_per_byte_by_position"]
+        for part in figures["bins"][1:]
     )
     recall = "\n".join(f"| {distance} | {100 * accuracy:.1f} % |" for distance, accuracy in figures["recall"].items())
     last = checkpoint["reports"][-1]
+    shares = sorted({f"{100 * report['recall_share']:.0f}" for report in checkpoint["reports"]}, key=int)
+    recall_share = " to ".join([shares[0], shares[-1]] if len(shares) > 1 else shares)
     seen = checkpoint["step"] * args.batch_size * WINDOW
     return f"""---
-license: psf-2.0
-language: en
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
 library_name: transformers
 pipeline_tag: text-generation
 ---
@@ -393,19 +408,19 @@ It exists to try FreqKV and to measure it on a machine without a GPU or a networ
 
 - Architecture: Llama, {args.layers} layers of width {args.hidden}, {args.heads} query heads and {args.kv_heads}
   key-value heads of {args.hidden // args.heads} dimensions, MLP of {args.intermediate}, embeddings tied.
-- Tokenizer: byte-level BPE of {args.vocabulary:,} tokens trained on the same text. Every text round-trips. A line
-  break and the indentation after it are one token; digits stand alone.
+- Tokenizer: byte-level BPE of {args.vocabulary:,} tokens trained on the same text. Every text round-trips.
+  A line break and the indentation after it are one token; digits stand alone.
 - Weights: bfloat16.
 
 ## Training
 
-- Data: the sources of Python {platform.python_version()}'s standard library, under the PSF License Agreement:
+- Data: the sources of Python {platform.python_version()}'s standard library, under the PSF License Agreement,
   {checkpoint["training_bytes"] / 1e6:.1f} MB or {checkpoint["training_tokens"] / 1e6:.1f} million tokens.
-  Files are cut to {MAX_DOCUMENT_CHARS:,} characters; others than tests count {LIBRARY_REPEATS} times in an epoch.
-- Held out: {", ".join(f"`{name}`" for name in (*VALIDATION, *TEST))}; files that share long runs of code with
-  these are left out too.
-- Recall: {100 * args.recall_share:.0f} % of the sequences carry lines such as `# register K7Q4 holds 8231`, repeated
-  later, between their lines of code.
+  Files are cut to {MAX_DOCUMENT_CHARS:,} characters; an epoch has the library's own tests once and the rest
+  {LIBRARY_REPEATS} times.
+- Left out: the validation and test modules below, and files that share long runs of code with them.
+- Recall: {recall_share} % of the sequences carry lines such as `# register K7Q4 holds 8231`,
+  repeated later, between their lines of code.
 - Budget: {checkpoint["step"]:,} steps of {args.batch_size} sequences, {seen / 1e6:.1f} million tokens in
   {checkpoint["seconds"] / 60:.0f} minutes on {checkpoint["hardware"]}.
 - Optimizer: Muon for the matrices inside the layers, AdamW for the rest; warmup, plateau, linear decay to zero.
@@ -415,19 +430,19 @@ It exists to try FreqKV and to measure it on a machine without a GPU or a networ
 
 Measured on these bfloat16 weights, computed in float32, with the plain model.
 
-Held-out modules that training never looked at ({", ".join(f"`{name}`" for name in TEST)}), in windows of {WINDOW}
-tokens that each start from nothing: **{whole["bits_per_byte"]:.4f} bits per byte** over {whole["bytes"]:,} bytes
-and {whole["tokens"]:,} tokens.
+**{whole["bits_per_byte"]:.4f} bits per byte** on the test modules,
+{whole["bytes"]:,} bytes or {whole["tokens"]:,} tokens, in windows of {WINDOW} tokens that each start from nothing:
 
 | position in the window | bits per byte |
 | ---: | ---: |
 {positions}
 
-On the validation modules ({", ".join(f"`{name}`" for name in VALIDATION)}) the last check in training gave
-{last["bits_per_byte"]:.4f} bits per byte.
+Test modules: {", ".join(f"`{name}`" for name in TEST)}.
+Validation modules, with {last["bits_per_byte"]:.4f} bits per byte at the last check in training:
+{", ".join(f"`{name}`" for name in VALIDATION)}.
 
-Recall: the share of questions answered exactly (all four digits, greedy), among lines of held-out code and three other
-facts, by the distance in tokens from the fact's value to the answer; 64 questions each.
+Recall: the share of questions answered exactly (all four digits, greedy) among lines of the test modules and three
+other facts, by the distance in tokens from the fact's value to the answer; {TEST_QUESTIONS} questions each.
 
 | distance | answered |
 | ---: | ---: |

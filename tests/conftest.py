@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -24,3 +25,9 @@ def deprecations_are_errors():
     logger.removeHandler(handler)
     deprecated = [m for m in messages if "deprecat" in m or "will be removed" in m]
     assert not deprecated, deprecated
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    """Folder of the model that ships with the project."""
+    return Path(__file__).parent.parent / "examples" / "tiny_lm"
