@@ -1,7 +1,8 @@
-"""Bits per byte by position, far beyond the window: FreqKV beside its rivals at equal memory.
+"""Bits per byte by position and recall by distance, far beyond the window: FreqKV beside its rivals at equal memory.
 
-Every arm reads the same held-out documents of 16 windows each. All arms but the plain model hold at most `window` entries
-per layer and are compressed by the same schedule.
+Every arm reads the same held-out documents of 16 windows each, and, with the shipped model, answers the same questions
+about facts up to 4 windows back. All arms but the plain model hold at most `window` entries per layer and are compressed
+by the same schedule.
 
     python examples/evaluate.py                        # the shipped model on modules it was never trained on
     python examples/evaluate.py --model NAME_OR_PATH --text-files book1.txt book2.txt
@@ -12,22 +13,25 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import platform
+import random
 import subprocess
 from pathlib import Path
 
 import torch
 import transformers
-from corpus import TEST, held_out_documents
+from corpus import TEST, RecallTask, held_out_documents
 from loading import SHIPPED, add_model_arguments, load
 from tqdm import tqdm
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.evaluation import bits_per_byte, byte_lengths, token_losses
+from freqkv.evaluation import RecallQuestion, bits_per_byte, byte_lengths, recall_accuracy, token_losses
 
 WINDOWS = 16
+RECALL_PROMPT_WINDOWS = 6
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text-files", type=Path, nargs="+", help="documents; those shorter than 16 windows are left out"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "bits_per_byte.csv")
+    parser.add_argument("--questions", type=int, default=64, help="per distance, a multiple of 8")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     return parser.parse_args()
 
 
@@ -90,8 +95,9 @@ def main() -> None:
         for kind, edges in (("window", by_window), ("summary", summary)):
             for part in bits_per_byte(losses, lengths, edges):
                 rows.append({"arm": name, "bin": kind, **dataclasses.asdict(part)})
-    write(args, model, rows, {"window": window, "documents": len(ids), "tokens": ids.numel()})
-    plot(args.output.with_suffix(".png"), rows, window)
+    about = {"window": window, "documents": len(ids), "tokens": ids.numel()}
+    write(args, model, "bits_per_byte", rows, about)
+    plot(args.output / "bits_per_byte.png", rows, window)
 
     print(f"\n| bits per byte, {len(ids)} documents of 16N tokens, N = {window} | up to N | N..2N | 2N..4N | 4N..16N |")
     print("|---|---|---|---|---|")
@@ -99,13 +105,43 @@ def main() -> None:
         values = [row["bits_per_byte"] for row in rows if row["arm"] == name and row["bin"] == "summary"]
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
 
+    if args.model != str(SHIPPED):
+        return
+    asked = questions(tokenizer, window, args.questions)
+    rows = []
+    for name, arm in tqdm(arms(window).items(), desc="recall", unit="arm"):
+        make = None if arm is None else functools.partial(FreqKVCache, model.config, arm[0], compressor=arm[1])
+        for distance, accuracy in recall_accuracy(model, asked, make, batch_size=8).items():
+            rows.append({"arm": name, "distance": distance, "questions": args.questions, "accuracy": accuracy})
+    write(args, model, "recall", rows, {"window": window, "prompt_windows": RECALL_PROMPT_WINDOWS})
+    distances = sorted({row["distance"] for row in rows})
+    print(f"\n| recall by distance | {' | '.join(f'{distance / window:g} N' for distance in distances)} |")
+    print("|---|" + "---|" * len(distances))
+    for name in arms(window):
+        values = [row["accuracy"] for row in rows if row["arm"] == name]
+        print(f"| {name} | {' | '.join(f'{value:.0%}' for value in values)} |")
 
-def write(args: argparse.Namespace, model, rows: list[dict], about: dict) -> None:
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
+
+def questions(tokenizer, window: int, per_distance: int) -> list[RecallQuestion]:
+    """Questions behind long prompts, whose lengths are spread over the time between two compressions."""
+    task, rng = RecallTask(tokenizer), random.Random(0)
+    code = [token for _, text in held_out_documents(TEST) for token in tokenizer(text)["input_ids"]]
+    step = FreqKVConfig(window).schedule.step
+    asked = []
+    for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 2, 4):
+        for index in range(per_distance):
+            length = RECALL_PROMPT_WINDOWS * window + (index % 8) * step // 8
+            asked.append(task.question(rng, code, int(share * window), length))
+    return asked
+
+
+def write(args: argparse.Namespace, model, name: str, rows: list[dict], about: dict) -> None:
+    """The table, and beside it what it was made with."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows({**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows)
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     about = {
         "model": Path(args.model).name,
@@ -118,7 +154,7 @@ def write(args: argparse.Namespace, model, rows: list[dict], about: dict) -> Non
         "transformers": transformers.__version__,
         "commit": commit,
     }
-    args.output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    (args.output / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def plot(path: Path, rows: list[dict], window: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
 from freqkv.cache import FreqKVCache, FreqKVLayer, UnsupportedModelError, geometry, make_config
 from freqkv.compressors import Compressor, low_pass_entries
@@ -24,8 +25,9 @@ from freqkv.rotary import Pairing, SlotRotation, find_pairing, slot_table
 
 __all__ = ["Patch", "patch", "unpatch"]
 
-# A 4-D mask is taken as it is: given one of this shape, a decoder builds none, and wrapped layers make their own.
-PLACEHOLDER_SHAPE = (1, 1, 1, 0)
+# What a wrapped decoder tells its wrapped layers, by the shape of an empty mask: a 4-D mask is taken as it is, so that the
+# decoder builds none, and it also reaches layers that gradient checkpointing runs again.
+CACHED, UNCACHED = (1, 1, 1, 0), (1, 1, 2, 0)
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -73,12 +75,7 @@ def patch(
         chosen = FreqKVConfig()
     if chosen is not None:
         chosen = chosen.resolve(model.config)
-    shared = _find_shared(model)
-    previous = None if shared is None else (shared.config, shared.compressor)
-    if shared is None:
-        shared = _install(model)
-    shared.config, shared.compressor = chosen, compressor or low_pass_entries
-    return Patch(model, shared, previous)
+    return Patch(model, chosen, compressor or low_pass_entries)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -93,6 +90,7 @@ def unpatch(model: PreTrainedModel) -> None:
     if not wrapped:
         raise ValueError("this model is not patched")
     for module, name, wrapper in wrapped:
+        wrapper.shared.config = None  # for those who keep the wrapper elsewhere
         if name == wrapper.name and wrapper.replaced is None:
             del module.__dict__[name]
         else:  # the instance had a forward of its own before, or somebody has wrapped ours since
@@ -108,12 +106,18 @@ class Patch:
         The numbers with which calls without a cache run; None if such calls are left alone.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, shared: _Shared, previous: tuple[FreqKVConfig | None, Compressor] | None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: FreqKVConfig | None, compressor: Compressor) -> None:
         self.model = model
-        self._shared = shared
-        self._previous = previous
+        self._numbers = config, compressor
+        self._apply()
+
+    def _apply(self) -> None:
+        shared = _find_shared(self.model)
+        self._previous = None if shared is None else (shared.config, shared.compressor)
+        self._shared = _analyse(self.model) if shared is None else shared
+        _wrap(self.model, self._shared)
+        self._shared.config, self._shared.compressor = self._numbers
+        self._applied = True
 
     @property
     def config(self) -> FreqKVConfig | None:
@@ -124,9 +128,14 @@ class Patch:
         unpatch(self.model)
 
     def __enter__(self) -> Patch:
+        if not self._applied:
+            self._apply()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._applied = False
+        if _find_shared(self.model) is None:
+            return  # unpatched inside
         if self._previous is None:
             self.unpatch()
         else:
@@ -143,38 +152,56 @@ class Patch:
 class _Shared:
     """What the wrappers of one model share: the numbers for calls without a cache, slot tables and masks."""
 
-    def __init__(self, model_config: Any, rotary: nn.Module) -> None:
+    def __init__(self, model_config: Any, decoder: nn.Module, rotary_name: str) -> None:
         self.model_config = model_config
         self.geometry = geometry(model_config)
-        self.rotary = rotary
+        self.decoder = decoder
+        self.rotary_name = rotary_name
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
         self.layers: dict[int, tuple[str, Pairing]] = {}
-        self._rotations: dict[Any, SlotRotation] = {}
+        self._rotations: dict[Any, tuple[Tensor, SlotRotation]] = {}
         self._masks: dict[Any, Any] = {}
 
     def rotation(self, layer_idx: int, window: int, device: torch.device) -> SlotRotation:
+        """The slots of one layer; made anew when the rotary module, or what `model.to(...)` made of it, is another."""
+        rotary = getattr(self.decoder, self.rotary_name)
+        frequencies = getattr(rotary, "original_inv_freq", rotary.inv_freq)
         pairing = self.layers[layer_idx][1]
         key = pairing, window, device
-        rotation = self._rotations.get(key)
-        if rotation is None:
-            rotation = SlotRotation(pairing, *slot_table(self.rotary, window, device))
-            self._rotations[key] = rotation
-        return rotation
+        known = self._rotations.get(key)
+        if known is None or known[0] is not frequencies:
+            known = frequencies, SlotRotation(pairing, *slot_table(rotary, window, device))
+            self._rotations[key] = known
+        return known[1]
 
     def mask(self, config: Any, hidden_states: Tensor, held: int) -> Any:
-        """The mask of one segment behind `held` entries, as the attention implementation takes it."""
-        batch, tokens, _ = hidden_states.shape
-        key = config._attn_implementation, batch, tokens, held, hidden_states.dtype, hidden_states.device
-        if key not in self._masks:
+        """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it."""
+        tokens, dtype, device = hidden_states.shape[1], hidden_states.dtype, hidden_states.device
+        key = config._attn_implementation, tokens, held, dtype, device
+        masks = self._masks
+        if key not in masks:
+            if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+                raise ValueError(
+                    f"attn_implementation={config._attn_implementation!r} has no mask function, so that FreqKV cannot tell it "
+                    "what a segment may see: register one with transformers.AttentionMaskInterface.register, or use "
+                    "eager, sdpa, flex_attention or flash_attention_2"
+                )
             # All layers of a call and all steps of a long prompt ask for the same few shapes; more need not be kept.
-            kept = self._masks if len(self._masks) < 4 else {}
-            with torch.inference_mode(False):  # a mask outlives the call that made it
-                like = torch.empty((batch, tokens, 0), dtype=hidden_states.dtype, device=hidden_states.device)
-                kept = {**kept, key: create_causal_mask(config, like, None, _Behind(held))}
-            self._masks = kept
-            return kept[key]
-        return self._masks[key]
+            with torch.inference_mode(False):
+                mask = create_causal_mask(
+                    config, torch.empty((1, tokens, 0), dtype=dtype, device=device), None, _Behind(held)
+                )
+            self._masks = masks = {**(masks if len(masks) < 4 else {}), key: mask}
+        return masks[key]
+
+    def new_cache(self) -> FreqKVCache:
+        """A cache of the numbers for calls that bring none."""
+        return FreqKVCache(self.model_config, self.config, compressor=self.compressor)
+
+    def drop_masks(self) -> None:
+        """Called when a forward ends: masks are made for a call, not for the model's life."""
+        self._masks = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
@@ -220,15 +247,21 @@ class _AttentionForward(_Wrapper):
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
         layer_idx: int = self.module.layer_idx  # type: ignore[assignment]
-        if isinstance(cache, FreqKVCache):
+        mode = _mode(kwargs.get("attention_mask"))
+        if isinstance(cache, FreqKVCache) and mode == CACHED:
             layer = cache.layers[layer_idx]
-        elif cache is None and self.shared.config is not None:
+        elif cache is None and mode == UNCACHED and self.shared.config is not None:
             layer = FreqKVLayer(self.shared.config, self.shared.compressor, preallocate=False)
             kwargs = {**kwargs, "past_key_values": _OneLayer(layer)}
-        elif _is_placeholder(kwargs.get("attention_mask")):
+        elif mode == CACHED:
             raise RuntimeError(
                 "the FreqKVCache of this forward did not reach its attention layers: gradient checkpointing drops caches. "
                 "For training, patch with numbers, freqkv.patch(model, window=...), and pass no cache"
+            )
+        elif mode == UNCACHED or isinstance(cache, FreqKVCache):
+            raise RuntimeError(
+                "only a part of this model is patched, or it was unpatched between forward and backward: call "
+                "freqkv.patch(model) on the whole model, before the forward"
             )
         else:
             return self.original(**kwargs)
@@ -267,18 +300,24 @@ class _DecoderForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, FreqKVCache):
-            if cache is not None or self.shared.config is None:
-                return self.original(**kwargs)
+        if cache is None and self.shared.config is not None:
             use_cache = kwargs.get("use_cache")
-            if getattr(self.shared.model_config, "use_cache", True) if use_cache is None else use_cache:
-                cache = FreqKVCache(self.shared.model_config, self.shared.config, compressor=self.shared.compressor)
-                kwargs = {**kwargs, "past_key_values": cache}
+            if use_cache is None:
+                use_cache = getattr(self.shared.model_config, "use_cache", True)
+            if use_cache and not self.shared.decoder.training:  # training has no use for one
+                cache = self.shared.new_cache()
+            kwargs = {**kwargs, "past_key_values": cache, "use_cache": cache is not None}
+        elif not isinstance(cache, FreqKVCache):
+            return self.original(**kwargs)
         if cache is not None:
             self._check_cache(cache)
             cache.begin_forward()
         self._check_arguments(kwargs, cache)
-        output = self.original(**{**kwargs, "attention_mask": torch.empty(PLACEHOLDER_SHAPE)})
+        mode = UNCACHED if cache is None else CACHED
+        try:
+            output = self.original(**{**kwargs, "attention_mask": torch.empty(mode)})
+        finally:
+            self.shared.drop_masks()
         if cache is not None:
             cache.end_forward()
         return output
@@ -295,7 +334,11 @@ class _DecoderForward(_Wrapper):
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        tokens = inputs.shape[1]
+        batch, tokens = inputs.shape[:2]
+        if tokens == 0:
+            raise ValueError("the input has no tokens: pass at least one")
+        if cache is not None and kwargs.get("use_cache") is False:
+            raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
         seen = 0 if cache is None else cache.tokens_seen
 
         mask = kwargs.get("attention_mask")
@@ -305,7 +348,12 @@ class _DecoderForward(_Wrapper):
                     "FreqKV builds its own masks over cache entries and cannot use a custom 4-D attention_mask, whose "
                     "columns are tokens. Pass a 2-D attention_mask of ones, or none"
                 )
-            if not bool(mask[:, -tokens:].all()):
+            if mask.shape != (batch, seen + tokens):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, but there are {batch} rows of {seen} tokens in the cache "
+                    f"and {tokens} new ones: pass one of shape {(batch, seen + tokens)}, or none"
+                )
+            if not bool(mask.all()):
                 raise ValueError(
                     "attention_mask has zeros: FreqKV does not serve padded batches so far. Pass rows of equal length, "
                     "or one row at a time"
@@ -351,9 +399,7 @@ class _PrepareCacheForGeneration(_Wrapper):
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
         ):
-            model_kwargs["past_key_values"] = FreqKVCache(
-                self.shared.model_config, self.shared.config, compressor=self.shared.compressor
-            )
+            model_kwargs["past_key_values"] = self.shared.new_cache()
         return self.original(generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -386,8 +432,9 @@ def _sliced(kwargs: dict[str, Any], start: int, stop: int, tokens: int) -> dict[
     return {name: value[:, start:stop] if per_token(name, value) else value for name, value in kwargs.items()}
 
 
-def _is_placeholder(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.shape == PLACEHOLDER_SHAPE
+def _mode(mask: Any) -> tuple[int, ...] | None:
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else None
+    return shape if shape in (CACHED, UNCACHED) else None
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Wrapper]]:
@@ -401,43 +448,63 @@ def _find_shared(model: nn.Module) -> _Shared | None:
     return next((wrapper.shared for _, _, wrapper in _wrappers(model)), None)
 
 
-def _install(model: PreTrainedModel) -> _Shared:
+def _wrap(model: nn.Module, shared: _Shared) -> None:
+    """Wrap whatever is not wrapped yet: a part of the model may have been patched, or unpatched, by itself."""
+    wrapped = {(module, wrapper.name) for module, _, wrapper in _wrappers(model)}
+    for module in list(model.modules()):
+        if _is_attention(module) and (module, "forward") not in wrapped:
+            module.__dict__["forward"] = _AttentionForward(module, shared)
+        if module is shared.decoder and (module, "forward") not in wrapped:
+            module.__dict__["forward"] = _DecoderForward(module, shared)
+        name = "_prepare_cache_for_generation"
+        if isinstance(module, GenerationMixin) and (module, name) not in wrapped:
+            module.__dict__[name] = _PrepareCacheForGeneration(module, shared)
+
+
+def _analyse(model: PreTrainedModel) -> _Shared:
+    """Find out how the model rotates and caches its keys, or refuse it."""
     family = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', 'unknown')!r})"
+    instead = "Use transformers' DynamicCache for it"
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{family} is an encoder-decoder; FreqKV compresses the cache of decoder-only models. Use transformers' "
             "EncoderDecoderCache for it"
         )
     attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
-    decoder, rotary = _find_rotary(model)
-    if not attentions or rotary is None or decoder is None:
+    decoder, rotary_name = _find_rotary(model, attentions)
+    if decoder is None:
+        if any(_is_rotary(module) for module in model.modules()):
+            raise UnsupportedModelError(
+                f"{family} has rotary position embeddings, but does not hand them to its attention layers as "
+                f"position_embeddings, together with past_key_values, which is all that FreqKV serves so far. {instead}"
+            )
         raise UnsupportedModelError(
-            f"{family} has no rotary position embeddings that its decoder hands to its attention layers: FreqKV moves keys "
-            "between positions by RoPE, which learned, ALiBi or relative positions do not allow. Use transformers' "
-            "DynamicCache for it"
+            f"{family} has no rotary position embeddings: FreqKV moves keys between positions by RoPE, which learned, ALiBi "
+            f"or relative positions do not allow. {instead}"
         )
     FreqKVCache(model.config, FreqKVConfig(window=16))  # raises by name where a layer is not full attention
 
     config = model.config.get_text_config(decoder=True)
-    shared = _Shared(config, rotary)
+    shared = _Shared(config, decoder, rotary_name)
     for name, module in attentions.items():
-        pairing = _calibrate(module, rotary)
+        try:
+            pairing = _calibrate(module, getattr(decoder, rotary_name), model.dtype)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{family}: a few tokens could not be run through {name} alone, to see how it rotates its keys "
+                f"({type(error).__name__}: {error}). {instead}"
+            ) from error
         if pairing is None:
             raise UnsupportedModelError(
                 f"{family} rotates the keys of {name} in a way that FreqKV does not know (neither half nor interleaved "
-                "pairing explains them). Use transformers' DynamicCache for it, and report the family"
+                f"pairing explains what it caches). {instead}"
             )
         shared.layers[int(module.layer_idx)] = name, pairing  # type: ignore[arg-type]
     if sorted(shared.layers) != list(range(config.num_hidden_layers)):
         raise UnsupportedModelError(
             f"{family} has {config.num_hidden_layers} layers, but attention modules were found for {sorted(shared.layers)} "
-            "only. Use transformers' DynamicCache for it, and report the family"
+            f"only. {instead}"
         )
-    for module in attentions.values():
-        module.__dict__["forward"] = _AttentionForward(module, shared)
-    decoder.__dict__["forward"] = _DecoderForward(decoder, shared)
-    if hasattr(model, "_prepare_cache_for_generation"):
-        model.__dict__["_prepare_cache_for_generation"] = _PrepareCacheForGeneration(model, shared)
     return shared
 
 
@@ -450,34 +517,42 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _find_rotary(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The module that turns positions into `(cos, sin)`, and its parent, the decoder."""
-    for parent in model.modules():
-        for child in parent.children():
-            if hasattr(child, "inv_freq") and "position_ids" in inspect.signature(child.forward).parameters:
-                return parent, child
-    return None, None
+def _is_rotary(module: nn.Module) -> bool:
+    return hasattr(module, "inv_freq") and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _find_rotary(model: nn.Module, attentions: dict[str, nn.Module]) -> tuple[nn.Module | None, str]:
+    """The nearest module around the attention modules that owns a rotary module: the decoder; and the rotary's name."""
+    for name in attentions:
+        while name:
+            name = name.rpartition(".")[0]
+            decoder = model.get_submodule(name)
+            for child_name, child in decoder.named_children():
+                if _is_rotary(child):
+                    return decoder, child_name
+    return None, ""
 
 
 @torch.no_grad()
-def _calibrate(module: nn.Module, rotary: nn.Module) -> Pairing | None:
+def _calibrate(module: nn.Module, rotary: nn.Module, dtype: torch.dtype) -> Pairing | None:
     """Replay a few tokens with and without rotation, and see what the module does to its keys."""
     config: Any = module.config
-    weight = next(p for p in module.parameters() if p.is_floating_point())
+    hook = getattr(module, "_hf_hook", None)  # of accelerate, where weights are elsewhere between calls
+    device = torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 5, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
-    cos, sin = slot_table(rotary, hidden.shape[1], weight.device)
+    hidden = torch.randn(1, 5, config.hidden_size, generator=generator).to(device, dtype)
+    cos, sin = (t.to(dtype) for t in slot_table(rotary, hidden.shape[1], device))
     recorded = []
     implementation = config._attn_implementation
     config._attn_implementation = "eager"  # others may compile, or take half precision only
-    devices = [weight.device] if weight.device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     try:
         for embeddings in ((torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)):
             recorder = _Recorder()
             with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
-                module(
+                module.forward(
                     hidden_states=hidden,
-                    position_embeddings=tuple(t[None].to(hidden.dtype) for t in embeddings),
+                    position_embeddings=tuple(t[None] for t in embeddings),
                     attention_mask=None,
                     past_key_values=recorder,
                 )

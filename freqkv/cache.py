@@ -57,6 +57,7 @@ class FreqKVLayer(CacheLayerMixin):
         self.seen = 0
         self.intact = True
         self._entering: tuple[Segment, SlotRotation] | None = None
+        self._owns_buffer = False  # else keys and values may be part of a graph, and are never written to
 
     @property
     def entries(self) -> int:
@@ -103,11 +104,7 @@ class FreqKVLayer(CacheLayerMixin):
         segment, rotation = self._entering
         self._entering = None
         self._check(key_states, value_states)
-        in_place = self.preallocate and not (
-            torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in (key_states, value_states, self.keys, self.values))
-        )
-        if in_place:
+        if self.preallocate and not torch.is_grad_enabled():
             self._ensure_buffer(key_states, value_states)
             assert self.keys is not None
             assert self.values is not None
@@ -119,7 +116,7 @@ class FreqKVLayer(CacheLayerMixin):
             self.values[:, :, segment.slot : segment.entries] = value_states
         elif self.seen == 0:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values, self._owns_buffer = key_states, value_states, False
         else:
             keys, values = self._held()
             if segment.fold is not None:
@@ -130,7 +127,7 @@ class FreqKVLayer(CacheLayerMixin):
             else:
                 keys = torch.cat([keys, key_states], dim=-2)
                 values = torch.cat([values, value_states], dim=-2)
-            self.keys, self.values = keys, values
+            self.keys, self.values, self._owns_buffer = keys, values, False
         self.seen += segment.stop - segment.start
         self.intact = True
         return self._held()
@@ -188,7 +185,7 @@ class FreqKVLayer(CacheLayerMixin):
             shape = (*new.shape[:2], self.schedule.window, new.shape[3])
             usable = (
                 stored is not None
-                and not stored.requires_grad
+                and self._owns_buffer
                 and not stored.is_inference()
                 and (stored.shape, stored.dtype, stored.device) == (shape, new.dtype, new.device)
             )
@@ -201,6 +198,7 @@ class FreqKVLayer(CacheLayerMixin):
                 buffer[:, :, : entries.shape[2]] = entries.detach()
             buffers.append(buffer)
         self.keys, self.values = buffers
+        self._owns_buffer = True
         self.lazy_initialization(key_states, value_states)
 
     def get_seq_length(self) -> int:
@@ -222,7 +220,7 @@ class FreqKVLayer(CacheLayerMixin):
         self.seen = 0
         self.intact = True
         self._entering = None
-        if self.keys is not None and (self.keys.requires_grad or self.keys.shape[2] != self.schedule.window):
+        if not self._owns_buffer:
             self.keys = self.values = None
             self.is_initialized = False
 
@@ -247,7 +245,7 @@ class FreqKVLayer(CacheLayerMixin):
                 "are gone. Keep a copy (copy.deepcopy(cache)) to return to"
             )
         self.seen = seen
-        if self.keys is not None and self.keys.shape[2] != self.schedule.window:
+        if self.keys is not None and not self._owns_buffer:
             self.keys, self.values = self._held()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

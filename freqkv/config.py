@@ -112,10 +112,29 @@ class FreqKVConfig:
                 raise ValueError(
                     f"{type(text_config).__name__} does not tell its context length (max_position_embeddings); pass window="
                 )
-            return replace(self, window=context)
+            return replace(self, window=context)._checked(text_config)
         if context and self.window > context:
             _warn_beyond_context(self.window, context)
+        return self._checked(text_config)
+
+    def _checked(self, text_config: Any) -> FreqKVConfig:
+        """Warn once where a RoPE type rotates by other frequencies in long sequences than in short ones."""
+        rope = getattr(text_config, "rope_parameters", None) or {}
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and original and self.window is not None and self.window > original:
+            _warn_long_frequencies(self.window, original)
         return self
+
+
+@cache
+def _warn_long_frequencies(window: int, original: int) -> None:
+    logger.warning(
+        "this model's RoPE (longrope) has other frequencies for sequences of more than %d tokens: a window of %d uses those "
+        "for all tokens, where the plain model starts with the short ones. Pass window=%d or less to use the short ones.",
+        original,
+        window,
+        original,
+    )
 
 
 @cache

@@ -7,7 +7,7 @@ from one table of `window` rows, computed by the model's own rotary module.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -57,10 +57,12 @@ class SlotRotation:
     pairing: Pairing
     cos: Tensor
     sin: Tensor
+    _cast: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def embeddings(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`(cos, sin)` of slots `[start, stop)` as decoder layers take them: `(1, stop - start, dims)` of `dtype`."""
-        return self.cos[None, start:stop].to(dtype), self.sin[None, start:stop].to(dtype)
+        cos, sin = self._tables(dtype)
+        return cos[None, start:stop], sin[None, start:stop]
 
     def rotate(self, keys: Tensor, slot: int) -> Tensor:
         """Rotate keys `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
@@ -75,8 +77,15 @@ class SlotRotation:
 
     def _rows(self, keys: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         rows = slice(slot, slot + keys.shape[-2])
-        dtype = compute_dtype(keys.dtype)
-        return self.cos[rows].to(dtype), self.sin[rows].to(dtype)
+        cos, sin = self._tables(compute_dtype(keys.dtype))
+        return cos[rows], sin[rows]
+
+    def _tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tables = self._cast.get(dtype)
+        if tables is None:
+            with torch.inference_mode(False):  # they outlive the call
+                tables = self._cast[dtype] = self.cos.to(dtype), self.sin.to(dtype)
+        return tables
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         keys = keys.to(cos.dtype)
@@ -102,14 +111,14 @@ def find_pairing(raw: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> Pair
         `(batch, heads, n, head_dim)` keys of the same tokens, replayed with identity embeddings (cos 1, sin 0) and with
         `cos, sin`.
     cos, sin : Tensor
-        `(n, dims)` float32, at slots that differ.
+        `(n, dims)`, as the layer got them, at slots that differ.
 
     Returns
     -------
     "half", "interleaved" or None
         None when neither explains `rotated` to the rounding of its dtype.
     """
-    tolerance = 16 * torch.finfo(rotated.dtype).eps
+    tolerance = torch.finfo(rotated.dtype).eps  # a layer that norms after RoPE is off by little more than this
     found: dict[float, Pairing] = {}
     for pairing in PAIRINGS:
         error: Any = SlotRotation(pairing, cos, sin).rotate(raw, 0) - rotated

@@ -9,7 +9,7 @@ ROPE_TYPES = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,

@@ -139,6 +139,30 @@ def test_bit_for_bit_like_dynamic_cache_up_to_the_window(attention, heads, dtype
         assert torch.equal(plain, stream(model, ids, FreqKVCache(model.config, window=preallocated), calls))
 
 
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+def test_bit_for_bit_with_each_rope_type(rope):
+    """Within the length from which a type changes its frequencies (32 for the shortest here)."""
+    model = tiny_llama(rope=rope)
+    ids = tokens(32)
+    plain = stream(model, ids, DynamicCache(config=model.config), [20])
+    freqkv.patch(model)
+    assert torch.equal(stream(model, ids, FreqKVCache(model.config, window=32), [20]), plain)
+
+
+@settings(max_examples=30)
+@given(configs(max_window=60), st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from(["eager", "sdpa"]))
+def test_bit_for_bit_in_any_split(config, calls, attention):
+    """The same for any numbers and calls: what follows the window's last token does not matter."""
+    model = patched(attention=attention)
+    unpatched = tiny_llama(attention=attention)
+    calls = [call for i, call in enumerate(calls) if sum(calls[: i + 1]) <= config.window] or [1]
+    ids = tokens(sum(calls))
+    expected = stream(unpatched, ids, DynamicCache(config=model.config), calls)
+    assert torch.equal(stream(model, ids, FreqKVCache(model.config, config), calls), expected)
+    with freqkv.patch(model, config), torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, unpatched(ids, use_cache=False).logits)
+
+
 @settings(max_examples=30)
 @given(configs(max_window=24), st.lists(st.integers(1, 40), max_size=4), st.sampled_from(["eager", "sdpa"]))
 def test_split_invariance(config, splits, attention):
@@ -361,6 +385,36 @@ def test_training_with_a_cache_leaves_the_graph_intact():
         model(tokens(3), past_key_values=cache)
     assert cache.layers[0].keys.shape[2] == 23
     assert not cache.layers[0].keys.requires_grad
+
+
+@pytest.mark.parametrize("trained", [["q_proj"], ["q_proj", "v_proj"], ["mlp"]])
+def test_parameter_efficient_training_with_a_cache(trained):
+    """Frozen keys are still part of the graph, since queries are multiplied with them."""
+    model = tiny_llama(attention="sdpa")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    freqkv.patch(model)
+    ids = tokens(60)
+
+    def gradients(forward):
+        model.zero_grad()
+        forward().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def streamed():
+        cache = FreqKVCache(model.config, window=23)
+        loss = sum(model(part, past_key_values=cache).logits.sum() for part in ids.split([23, 20, 17], 1))
+        with torch.no_grad():
+            model(tokens(30), past_key_values=cache)
+        return loss
+
+    def whole():
+        with freqkv.patch(model, window=23):
+            return model(ids, use_cache=False).logits.sum()
+
+    expected = gradients(whole)
+    for name, grad in gradients(streamed).items():
+        assert torch.allclose(grad, expected[name], atol=1e-3 * expected[name].abs().max()), name
 
 
 def test_inference_mode_and_no_grad_take_turns():

@@ -10,6 +10,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -122,6 +123,99 @@ def test_forwards_that_others_wrapped_before_or_after_are_kept():
         assert set(calls) == {"before", "after"}
 
 
+class Wrapped(torch.nn.Module):
+    """Forwards what it does not have to the model inside, as PEFT does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("way", ["wrapper", "part first", "part taken off"])
+def test_generate_uses_the_numbers_however_the_model_was_patched(way):
+    model = tiny_llama()
+    if way == "wrapper":
+        freqkv.patch(Wrapped(model), window=N)
+        output = Wrapped(model).generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True)
+    else:
+        if way == "part first":
+            freqkv.patch(model.model, window=N)
+        else:
+            freqkv.patch(model, window=N)
+            freqkv.unpatch(model.model)
+            assert isinstance(
+                model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True).past_key_values, DynamicCache
+            )
+        freqkv.patch(model, window=N)
+        output = model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, FreqKVCache)
+    freqkv.unpatch(model)
+    assert instance_state(model).keys() == instance_state(tiny_llama()).keys()
+
+
+def test_a_wrapper_that_somebody_kept_does_nothing_once_unpatched():
+    model = tiny_llama()
+    expected = plain_outputs(model)
+    freqkv.patch(model, window=N)
+    for module in (model.model, model.model.layers[0].self_attn):
+        kept = module.forward
+        module.forward = functools.wraps(kept)(lambda *args, kept=kept, **kwargs: kept(*args, **kwargs))
+    freqkv.unpatch(model)
+    for a, b in zip(expected, plain_outputs(model), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_handle_can_be_entered_again_and_left_early():
+    model = tiny_llama()
+    handle = freqkv.patch(model, window=N)
+    for _ in range(2):
+        with handle:
+            assert isinstance(model(tokens(3)).past_key_values, FreqKVCache)
+        assert isinstance(model(tokens(3)).past_key_values, DynamicCache)
+    assert handle.config is None
+    with handle:
+        freqkv.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        handle.unpatch()
+
+
+@torch.no_grad()
+def test_tables_follow_the_model():
+    """`model.bfloat16()` and a new rotary module change what slots mean; below the window nothing may differ."""
+    model = tiny_llama()
+    freqkv.patch(model)
+    ids = tokens(N)
+    model(ids, past_key_values=FreqKVCache(model.config, window=N))
+    model.bfloat16()
+    plain = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    assert torch.equal(model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits, plain)
+    model.model.rotary_emb = tiny_llama(rope="linear").model.rotary_emb
+    other = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    assert not torch.equal(other, plain)
+    assert torch.equal(model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits, other)
+
+
+def test_threads_with_a_cache_each():
+    model = tiny_llama()
+    freqkv.patch(model)
+    prompts = [tokens(10 + 13 * i, seed=i) for i in range(4)]
+
+    def generate(ids):
+        cache = FreqKVCache(model.config, window=N)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+
+    expected = [generate(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for output, truth in zip(pool.map(generate, prompts), expected, strict=True):
+            assert torch.equal(output, truth)
+
+
 def test_the_handle_tells_how_each_layer_caches():
     text = repr(freqkv.patch(tiny_llama(layers=3)))
     assert "LlamaForCausalLM, calls with a FreqKVCache" in text
@@ -186,6 +280,17 @@ def test_window_beyond_the_context_warns_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "window=78 is larger than the model's context length of 77 tokens: slots from 77 on are positions the model was "
         "not trained on, and quality there is what its RoPE extrapolation gives. Pass window=77 or less to stay inside."
+    ]
+
+
+def test_frequencies_of_long_sequences_warn_once(caplog):
+    with caplog.at_level(logging.WARNING, logger="freqkv"):
+        for _ in range(2):
+            FreqKVCache(tiny_llama(rope="longrope").config)
+        FreqKVCache(tiny_llama(rope="longrope").config, window=64)
+        FreqKVCache(tiny_llama(rope="yarn").config)
+    assert [record.getMessage()[:62] for record in caplog.records if record.name.startswith("freqkv")] == [
+        "this model's RoPE (longrope) has other frequencies for sequenc"
     ]
 
 
@@ -262,6 +367,53 @@ def test_encoder_decoders_are_refused():
         freqkv.patch(transformers.T5ForConditionalGeneration(config))
 
 
+def test_rotary_models_that_are_not_served_are_told_apart():
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **TINY}
+    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**small))
+    with pytest.raises(
+        freqkv.UnsupportedModelError, match=r"'gpt_neox'.* has rotary position embeddings, but does not hand"
+    ):
+        freqkv.patch(neox)
+    config = transformers.DeepseekV3Config(
+        **small,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    )
+    with pytest.raises(freqkv.UnsupportedModelError, match=r"'deepseek_v3'.* Use transformers' DynamicCache"):
+        freqkv.patch(transformers.DeepseekV3ForCausalLM(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_are_normed_after_rope_are_refused_in_any_dtype(dtype):
+    config = transformers.HunYuanDenseV1Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, **TINY,
+    )  # fmt: skip
+    model = transformers.HunYuanDenseV1ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "key_layernorm" in name:
+                weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(freqkv.UnsupportedModelError, match=r"rotates the keys of model.layers.0.self_attn in a way"):
+        freqkv.patch(model.to(dtype))
+
+
+def test_attention_functions_without_masks_are_refused():
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    transformers.AttentionInterface.register("mine", transformers.AttentionInterface()["sdpa"])
+    model.config._attn_implementation = "mine"
+    cache = FreqKVCache(model.config, window=N)
+    with pytest.raises(ValueError, match="attn_implementation='mine' has no mask function"):
+        model(tokens(5), past_key_values=cache)
+    model.config._attn_implementation = "sdpa"
+    model(tokens(5), past_key_values=cache)
+
+
 def test_layers_that_are_not_full_attention_are_refused():
     config = transformers.MistralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -324,6 +476,10 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
         model(ids, cu_seq_lens_q=torch.tensor([0, 10, 30]), **call)
     with pytest.raises(ValueError, match="custom 4-D attention_mask"):
         model(ids, attention_mask=torch.ones(2, 1, 30, 30), **call)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), but there are 2 rows of 0 tokens"):
+        model(ids, attention_mask=torch.ones(1, 3), **call)
+    with pytest.raises(ValueError, match="no tokens"):
+        model(ids[:, :0], **call)
     padded = torch.ones_like(ids)
     padded[1, :3] = 0
     with pytest.raises(ValueError, match="attention_mask has zeros"):
@@ -332,6 +488,13 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
         model(**call)
     assert cache is None or cache.tokens_seen == 0
     model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(30)[None], **call)
+    if cache is not None:
+        with pytest.raises(ValueError, match="contradict each other"):
+            model(ids, past_key_values=cache, use_cache=False)
+        late = torch.ones(2, 60)
+        late[0, 2] = 0
+        with pytest.raises(ValueError, match="attention_mask has zeros"):
+            model(ids, attention_mask=late, past_key_values=cache)
 
 
 def test_entry_points_share_one_config():
@@ -350,24 +513,41 @@ def test_entry_points_share_one_config():
             entry(windows=8)
 
 
-def test_gradient_checkpointing_with_a_cache_is_refused_and_without_one_works():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Gives the gradients of a run without it; a cache, which it would drop, is refused or left to the library."""
     model = tiny_llama().train()
     ids = tokens(2 * N)
-    freqkv.patch(model, window=N)
-    model(ids, use_cache=False).logits.square().mean().backward()
-    expected = model.lm_head.weight.grad, model.model.layers[0].self_attn.k_proj.weight.grad
-    model.zero_grad()
-    for reentrant in (False, True):
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        model(ids, use_cache=False).logits.square().mean().backward()
-        for grad, weight in zip(expected, (model.lm_head, model.model.layers[0].self_attn.k_proj), strict=True):
-            assert torch.allclose(weight.weight.grad, grad, atol=1e-5 * grad.abs().max())
+    weights = model.lm_head.weight, model.model.layers[0].self_attn.k_proj.weight
+
+    def gradients(**call):
         model.zero_grad()
-    freqkv.patch(model)
-    with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
-        model(ids, past_key_values=FreqKVCache(model.config, window=N))
+        model(ids, **call).logits.square().mean().backward()
+        return [weight.grad.clone() for weight in weights]
+
+    plain = gradients(use_cache=False)
+    freqkv.patch(model, window=N)
+    expected = gradients(use_cache=False)
+    assert not torch.allclose(expected[1], plain[1], rtol=0.1)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for call in ({"use_cache": False}, {}):
+        for grad, truth in zip(gradients(**call), expected, strict=True):
+            assert torch.allclose(grad, truth, atol=1e-5 * truth.abs().max())
+    for grad, truth in zip(gradients(past_key_values=DynamicCache(config=model.config)), plain, strict=True):
+        assert torch.allclose(grad, truth, atol=1e-5 * truth.abs().max())
+    for numbers in ({"window": N}, {}):
+        freqkv.patch(model, **numbers)
+        with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
+            model(ids, past_key_values=FreqKVCache(model.config, window=N))
+
+
+def test_a_forward_in_training_makes_no_cache():
+    model = tiny_llama().train()
+    freqkv.patch(model, window=N)
+    assert model(tokens(2 * N)).past_key_values is None
+    assert isinstance(model.eval()(tokens(2 * N)).past_key_values, FreqKVCache)
 
 
 def test_a_compressor_that_returns_the_wrong_shape_is_named():
