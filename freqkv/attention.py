@@ -341,38 +341,8 @@ class _DecoderForward(_Wrapper):
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
         seen = 0 if cache is None else cache.tokens_seen
 
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                raise ValueError(
-                    "FreqKV builds its own masks over cache entries and cannot use a custom 4-D attention_mask, whose "
-                    "columns are tokens. Pass a 2-D attention_mask of ones, or none"
-                )
-            if mask.shape != (batch, seen + tokens):
-                raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}, but there are {batch} rows of {seen} tokens in the cache "
-                    f"and {tokens} new ones: pass one of shape {(batch, seen + tokens)}, or none"
-                )
-            if not bool(mask.all()):
-                raise ValueError(
-                    "attention_mask has zeros: FreqKV does not serve padded batches so far. Pass rows of equal length, "
-                    "or one row at a time"
-                )
-        packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
-        if packing:
-            raise ValueError(
-                f"packed sequences ({', '.join(packing)}) share one cache, and FreqKV would compress them into each "
-                "other. Pass each sequence as a row of its own"
-            )
-        positions = kwargs.get("position_ids")
-        if positions is not None and tokens > 1:  # a single position cannot restart, and looking costs a device sync
-            counted = torch.arange(seen, seen + tokens, device=positions.device)
-            if not bool((positions == counted).all()):
-                raise ValueError(
-                    f"position_ids must count the tokens of each row, here from {seen} to {seen + tokens - 1}: "
-                    "positions that restart (packed sequences) or jump are not supported, since FreqKV rotates keys at "
-                    "their slots. Leave position_ids out, and pass each sequence as a row of its own"
-                )
+        _check_mask(kwargs.get("attention_mask"), batch, seen, tokens)
+        _check_not_packed(kwargs, seen, tokens)
         config = self.shared.model_config
         wants_attentions = kwargs.get("output_attentions")
         if getattr(config, "output_attentions", False) if wants_attentions is None else wants_attentions:
@@ -384,6 +354,44 @@ class _DecoderForward(_Wrapper):
                     f"and do not form one matrix. Feed at most {numbers.schedule.segments(seen, tokens)[0].stop} tokens "
                     "now, or leave output_attentions out"
                 )
+
+
+def _check_mask(mask: Any, batch: int, seen: int, tokens: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ValueError(
+            "FreqKV builds its own masks over cache entries and cannot use a custom 4-D attention_mask, whose "
+            "columns are tokens. Pass a 2-D attention_mask of ones, or none"
+        )
+    if mask.shape != (batch, seen + tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but there are {batch} rows of {seen} tokens in the cache "
+            f"and {tokens} new ones: pass one of shape {(batch, seen + tokens)}, or none"
+        )
+    if not bool(mask.all()):
+        raise ValueError(
+            "attention_mask has zeros: FreqKV does not serve padded batches so far. Pass rows of equal length, "
+            "or one row at a time"
+        )
+
+
+def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int) -> None:
+    packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
+    if packing:
+        raise ValueError(
+            f"packed sequences ({', '.join(packing)}) share one cache, and FreqKV would compress them into each "
+            "other. Pass each sequence as a row of its own"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None and tokens > 1:  # a single position cannot restart, and looking costs a device sync
+        counted = torch.arange(seen, seen + tokens, device=positions.device)
+        if not bool((positions == counted).all()):
+            raise ValueError(
+                f"position_ids must count the tokens of each row, here from {seen} to {seen + tokens - 1}: "
+                "positions that restart (packed sequences) or jump are not supported, since FreqKV rotates keys at "
+                "their slots. Leave position_ids out, and pass each sequence as a row of its own"
+            )
 
 
 class _PrepareCacheForGeneration(_Wrapper):
