@@ -199,6 +199,11 @@ class _Shared:
         """A cache of the numbers for calls that bring none."""
         return FreqKVCache(self.model_config, self.config, compressor=self.compressor)
 
+    def new_layer(self) -> FreqKVLayer:
+        """A layer of the numbers that lives for one call of an attention module."""
+        assert self.config is not None
+        return FreqKVLayer(self.config, self.compressor, preallocate=False)
+
     def drop_masks(self) -> None:
         """Called when a forward ends: masks are made for a call, not for the model's life."""
         self._masks = {}
@@ -251,7 +256,7 @@ class _AttentionForward(_Wrapper):
         if isinstance(cache, FreqKVCache) and mode == CACHED:
             layer = cache.layers[layer_idx]
         elif cache is None and mode == UNCACHED and self.shared.config is not None:
-            layer = FreqKVLayer(self.shared.config, self.shared.compressor, preallocate=False)
+            layer = self.shared.new_layer()
             kwargs = {**kwargs, "past_key_values": _OneLayer(layer)}
         elif mode == CACHED:
             raise RuntimeError(
@@ -346,13 +351,13 @@ class _DecoderForward(_Wrapper):
         config = self.shared.model_config
         wants_attentions = kwargs.get("output_attentions")
         if getattr(config, "output_attentions", False) if wants_attentions is None else wants_attentions:
-            numbers = self.shared.config if cache is None else cache.config
-            assert numbers is not None
-            if len(numbers.schedule.segments(seen, tokens)) > 1:
+            layer = self.shared.new_layer() if cache is None else cache.layers[0]
+            segments = layer.schedule.segments(seen, tokens)
+            if len(segments) > 1:
                 raise ValueError(
                     "output_attentions: the weights of a call that is compressed half-way are over different entries "
-                    f"and do not form one matrix. Feed at most {numbers.schedule.segments(seen, tokens)[0].stop} tokens "
-                    "now, or leave output_attentions out"
+                    f"and do not form one matrix. Feed at most {segments[0].stop} tokens now, or leave "
+                    "output_attentions out"
                 )
 
 
