@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text-files", type=Path, nargs="+", help="documents; those shorter than 16 windows are left out"
     )
-    parser.add_argument("--questions", type=int, default=64, help="per distance, a multiple of 8")
+    parser.add_argument("--questions", type=int, default=32, help="per distance, a multiple of 8")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     return parser.parse_args()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,19 @@ def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
         assert torch.equal(weight, halves["model"][name]), name
     AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "model")
     assert "bits per byte" in (tmp_path / "halves" / "model" / "README.md").read_text()
+
+
+def test_the_readme_shows_the_measured_tables():
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    tables = {
+        "bits_per_byte": lambda row: f"{float(row['bits_per_byte']):.3f}" if row["bin"] == "summary" else None,
+        "recall": lambda row: f"{float(row['accuracy']):.0%}",
+    }
+    for table, cell in tables.items():
+        rows: dict[str, list[str]] = {}
+        with (EXAMPLES / "results" / f"{table}.csv").open() as file:
+            for row in csv.DictReader(file):
+                rows.setdefault(row["arm"], []).extend(filter(None, [cell(row)]))
+        assert len(rows) >= 4
+        for arm, cells in rows.items():
+            assert f"| {arm} | {' | '.join(cells)} |" in readme
