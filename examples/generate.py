@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="read a conversation turn by turn, on one cache")
     parser.add_argument("--chat-template", type=Path, help="Jinja file, for a tokenizer without a chat template")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -69,14 +69,17 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: FreqKVCache) -> fl
 def read_prompt(args: argparse.Namespace, tokenizer, window: int) -> torch.Tensor:
     if args.prompt_file is None and args.model != str(SHIPPED):
         raise SystemExit("give the text to continue with --prompt-file (- for standard input), or --chat")
-    if args.prompt_file is None:
-        name, text = held_out_documents(("argparse",))[0]
-        limit = 4 * window if args.prompt_tokens is None else args.prompt_tokens
-        print(f"The prompt: the first {limit} tokens of {name}.py, which the model was never trained on.\n")
-    else:
+    if args.prompt_file is not None:
         text = sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text()
-        limit = args.prompt_tokens
-    return tokenizer(text, return_tensors="pt")["input_ids"][:, :limit]
+        return tokenizer(text, return_tensors="pt")["input_ids"][:, : args.prompt_tokens]
+    ((name, text),) = held_out_documents(("argparse",))
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if args.prompt_tokens is None:  # some windows, up to an empty line
+        text = tokenizer.decode(ids[0, : 4 * window]).rpartition("\n\n")[0] + "\n\n"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = ids[:, : args.prompt_tokens]
+    print(f"The prompt: the first {ids.shape[1]} tokens of {name}.py, which the model was never trained on.\n")
+    return ids
 
 
 def next_turn(tokenizer, messages: list[dict[str, str]], said: str) -> str:
