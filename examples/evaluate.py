@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from corpus import TEST, RecallTask, held_out_documents
-from loading import SHIPPED, add_model_arguments, load
+from loading import SHIPPED, Formatter, add_model_arguments, load
 from tqdm import tqdm
 
 import freqkv
@@ -35,7 +35,7 @@ RECALL_PROMPT_WINDOWS = 6
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_model_arguments(parser)
     parser.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
     parser.add_argument(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from corpus import held_out_documents
-from loading import SHIPPED, add_cache_arguments, add_model_arguments, cache_config, load
+from loading import SHIPPED, Formatter, add_cache_arguments, add_model_arguments, cache_config, load
 from tqdm import tqdm
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
@@ -23,7 +23,7 @@ from freqkv import FreqKVCache
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_model_arguments(parser)
     add_cache_arguments(parser)
     parser.add_argument("--prompt-file", type=Path, help="text to continue; - reads standard input")
@@ -78,7 +78,12 @@ def read_prompt(args: argparse.Namespace, tokenizer, window: int) -> torch.Tenso
         text = tokenizer.decode(ids[0, : 4 * window]).rpartition("\n\n")[0] + "\n\n"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     ids = ids[:, : args.prompt_tokens]
-    print(f"The prompt: the first {ids.shape[1]} tokens of {name}.py, which the model was never trained on.\n")
+    end = "\n".join(tokenizer.decode(ids[0]).rstrip().splitlines()[-5:])
+    print(
+        f"The prompt: the first {ids.shape[1]} tokens of {name}.py, which the model was never trained on. It ends with\n\n"
+        f"{end}\n\nA model of this size goes on with what looks like Python (and with the 'register' lines of its recall "
+        "training),\nnot with what makes sense:\n"
+    )
     return ids
 
 

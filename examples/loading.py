@@ -13,11 +13,15 @@ from freqkv import FreqKVConfig
 SHIPPED = Path(__file__).parent / "tiny_lm"
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and descriptions as they are written."""
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     group.add_argument("--device-map", help="spread the model over devices (accelerate), for example auto")
     group.add_argument("--load-in-4bit", action="store_true", help="needs the package bitsandbytes")
     group.add_argument("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, flash_attention_2")
@@ -26,8 +30,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cache")
     group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
-    group.add_argument("--sink-tokens", type=int, default=4)
-    group.add_argument("--retain-ratio", type=float, default=0.5)
+    group.add_argument("--sink-tokens", type=int, default=4, help="first tokens, never compressed")
+    group.add_argument("--retain-ratio", type=float, default=0.5, help="share of a compressed span that is kept")
     group.add_argument(
         "--recent-tokens", type=int, help="window / 8 by default, as suits models that were not fine-tuned for FreqKV"
     )

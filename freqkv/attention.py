@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
-from freqkv.cache import FreqKVCache, FreqKVLayer, UnsupportedModelError, geometry, make_config
+from freqkv.cache import (
+    FreqKVCache,
+    FreqKVLayer,
+    UnsupportedModelError,
+    check_compressor,
+    geometry,
+    make_config,
+)
 from freqkv.compressors import Compressor, low_pass_entries
 from freqkv.config import FreqKVConfig
 from freqkv.rotary import Pairing, SlotRotation, find_pairing, slot_table
@@ -75,7 +82,7 @@ def patch(
         chosen = FreqKVConfig()
     if chosen is not None:
         chosen = chosen.resolve(model.config)
-    return Patch(model, chosen, compressor or low_pass_entries)
+    return Patch(model, chosen, low_pass_entries if compressor is None else check_compressor(compressor))
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -340,11 +347,14 @@ class _DecoderForward(_Wrapper):
         if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         batch, tokens = inputs.shape[:2]
+        seen = 0 if cache is None else cache.tokens_seen
         if tokens == 0:
-            raise ValueError("the input has no tokens: pass at least one")
+            raise ValueError(
+                f"the input has no new tokens, the cache has seen {seen}: generate takes the whole conversation as its input "
+                "and leaves out what the cache has seen. For another conversation, use another cache or reset()"
+            )
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
-        seen = 0 if cache is None else cache.tokens_seen
 
         _check_mask(kwargs.get("attention_mask"), batch, seen, tokens)
         _check_not_packed(kwargs, seen, tokens)

@@ -5,6 +5,7 @@ It knows the schedule, the compressor and rotations, and nothing of models.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -145,7 +146,12 @@ class FreqKVLayer(CacheLayerMixin):
         with torch.autocast(keys.device.type, enabled=False):  # float32 means float32 in here
             raw = rotation.unrotate(keys, fold.start)
             span = values[:, :, :squeezed].to(compute_dtype(values.dtype))
-            folded_keys, folded_values = self.compressor(raw[:, :, :squeezed], span, fold.keep)
+            folded = self.compressor(raw[:, :, :squeezed], span, fold.keep)
+            if not (isinstance(folded, tuple) and len(folded) == 2 and all(isinstance(t, Tensor) for t in folded)):
+                raise TypeError(
+                    f"compressor {_name(self.compressor)} must return (keys, values), it returned {type(folded)}"
+                )
+            folded_keys, folded_values = folded
             for name, before, after in (("keys", raw, folded_keys), ("values", values, folded_values)):
                 wanted = (*before.shape[:2], fold.keep, before.shape[-1])
                 if tuple(after.shape) != wanted:
@@ -305,11 +311,15 @@ class FreqKVCache(Cache):
         recent_tokens: int | None = None,
         compressor: Compressor | None = None,
     ) -> None:
+        if not hasattr(model_config, "get_text_config"):
+            raise TypeError(
+                f"pass model.config of the model that will use the cache, not a {type(model_config).__name__}"
+            )
         chosen = make_config(
             config, window=window, sink_tokens=sink_tokens, retain_ratio=retain_ratio, recent_tokens=recent_tokens
         )
         self.config = (chosen or FreqKVConfig()).resolve(model_config)
-        self.compressor = low_pass_entries if compressor is None else compressor
+        self.compressor = low_pass_entries if compressor is None else check_compressor(compressor)
         self.geometry = geometry(model_config)
         layers: list[Any] = DynamicCache(config=model_config).layers
         for index, layer in enumerate(layers):
@@ -389,7 +399,7 @@ class FreqKVCache(Cache):
 
 
 def geometry(model_config: Any) -> dict[str, Any]:
-    """What of a model's configuration a cache must match: number of layers, of KV heads, head size."""
+    """What of a model's configuration a cache must match: the shape of what it holds, and what its slots mean."""
     text_config = model_config.get_text_config(decoder=True)
     heads = getattr(text_config, "num_attention_heads", None)
     hidden = getattr(text_config, "hidden_size", None)
@@ -397,7 +407,16 @@ def geometry(model_config: Any) -> dict[str, Any]:
         "number of layers": getattr(text_config, "num_hidden_layers", None),
         "number of KV heads": getattr(text_config, "num_key_value_heads", None) or heads,
         "head size": getattr(text_config, "head_dim", None) or (hidden // heads if hidden and heads else None),
+        "context length": getattr(text_config, "max_position_embeddings", None),
+        "RoPE parameters": copy.deepcopy(getattr(text_config, "rope_parameters", None)),
     }
+
+
+def check_compressor(compressor: Compressor) -> Compressor:
+    """Raise TypeError where a compressor cannot be called."""
+    if not callable(compressor):
+        raise TypeError(f"compressor is a function (keys, values, keep) -> (keys, values), got {compressor!r}")
+    return compressor
 
 
 def make_config(config: FreqKVConfig | None, **numbers: float | None) -> FreqKVConfig | None:

@@ -74,7 +74,8 @@ class FreqKVConfig:
         if span < 2:
             raise ValueError(
                 f"window={window} leaves {span} entries between sink_tokens={self.sink_tokens} and "
-                f"recent_tokens={self.recent_tokens}; sink_tokens + recent_tokens must be at most {window - 2}"
+                f"recent_tokens={self.recent_tokens}; their sum must be at most {window - 2}, or window at least "
+                f"{self.sink_tokens + self.recent_tokens + 2}"
             )
         keep = int(span * self.retain_ratio)
         if not 1 <= keep < span:

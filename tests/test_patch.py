@@ -432,6 +432,8 @@ def test_layers_that_are_not_full_attention_are_refused():
         ({"layers": 3}, "number of layers 3, this model has 2"),
         ({"kv_heads": 1}, "number of KV heads 1, this model has 2"),
         ({"head_dim": 8}, "head size 8, this model has 16"),
+        ({"context": 128}, "context length 128, this model has 256"),
+        ({"rope": "linear"}, "RoPE parameters .*linear.* this model has .*default"),
     ],
 )
 def test_a_cache_of_another_model_is_refused(other, message):
@@ -478,7 +480,7 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
         model(ids, attention_mask=torch.ones(2, 1, 30, 30), **call)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), but there are 2 rows of 0 tokens"):
         model(ids, attention_mask=torch.ones(1, 3), **call)
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match=r"no new tokens, the cache has seen 0: generate takes the whole conversation"):
         model(ids[:, :0], **call)
     padded = torch.ones_like(ids)
     padded[1, :3] = 0
@@ -557,6 +559,15 @@ def test_a_compressor_that_returns_the_wrong_shape_is_named():
     def keep_all(keys, values, keep):
         return keys, values
 
+    with pytest.raises(TypeError, match=r"compressor is a function .* got 'mean'"):
+        FreqKVCache(model.config, window=N, compressor="mean")
+    with pytest.raises(TypeError, match=r"compressor is a function .* got 'mean'"):
+        freqkv.patch(model, window=N, compressor="mean")
+    with pytest.raises(TypeError, match=r"pass model.config .* not a LlamaForCausalLM"):
+        FreqKVCache(model)
+    lone = FreqKVCache(model.config, window=N, compressor=lambda keys, values, keep: keys[:, :, :keep])
+    with torch.no_grad(), pytest.raises(TypeError, match=r"must return \(keys, values\)"):
+        model(tokens(2 * N), past_key_values=lone)
     cache = FreqKVCache(model.config, window=N, compressor=keep_all)
     with (
         torch.no_grad(),
