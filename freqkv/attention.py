@@ -18,16 +18,9 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
-from freqkv.cache import (
-    FreqKVCache,
-    FreqKVLayer,
-    UnsupportedModelError,
-    check_compressor,
-    geometry,
-    make_config,
-)
-from freqkv.compressors import Compressor, low_pass_entries
-from freqkv.config import FreqKVConfig
+from freqkv.cache import FreqKVCache, FreqKVLayer, UnsupportedModelError
+from freqkv.compressors import Compressor, check_compressor, low_pass_entries
+from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.rotary import Pairing, SlotRotation, find_pairing, slot_table
 
 __all__ = ["Patch", "patch", "unpatch"]

@@ -5,15 +5,14 @@ It knows the schedule, the compressor and rotations, and nothing of models.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from freqkv.compressors import Compressor, low_pass_entries
-from freqkv.config import FreqKVConfig
+from freqkv.compressors import Compressor, check_compressor, low_pass_entries
+from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.rotary import SlotRotation
 from freqkv.schedule import Fold, Segment
 from freqkv.transform import compute_dtype
@@ -396,41 +395,6 @@ class FreqKVCache(Cache):
             f"FreqKVCache(window={numbers.window}, sink_tokens={numbers.sink_tokens}, retain_ratio="
             f"{numbers.retain_ratio}, recent_tokens={numbers.recent_tokens}, compressor={_name(self.compressor)}: {about})"
         )
-
-
-def geometry(model_config: Any) -> dict[str, Any]:
-    """What of a model's configuration a cache must match: the shape of what it holds, and what its slots mean."""
-    text_config = model_config.get_text_config(decoder=True)
-    heads = getattr(text_config, "num_attention_heads", None)
-    hidden = getattr(text_config, "hidden_size", None)
-    return {
-        "number of layers": getattr(text_config, "num_hidden_layers", None),
-        "number of KV heads": getattr(text_config, "num_key_value_heads", None) or heads,
-        "head size": getattr(text_config, "head_dim", None) or (hidden // heads if hidden and heads else None),
-        "context length": getattr(text_config, "max_position_embeddings", None),
-        "RoPE parameters": copy.deepcopy(getattr(text_config, "rope_parameters", None)),
-    }
-
-
-def check_compressor(compressor: Compressor) -> Compressor:
-    """Raise TypeError where a compressor cannot be called."""
-    if not callable(compressor):
-        raise TypeError(f"compressor is a function (keys, values, keep) -> (keys, values), got {compressor!r}")
-    return compressor
-
-
-def make_config(config: FreqKVConfig | None, **numbers: float | None) -> FreqKVConfig | None:
-    """One FreqKVConfig from what an entry point was given; None if it was given nothing."""
-    given = {name: value for name, value in numbers.items() if value is not None}
-    if config is None:
-        return FreqKVConfig(**given) if given else None  # type: ignore[arg-type]
-    if not isinstance(config, FreqKVConfig):
-        raise TypeError(
-            f"config is a FreqKVConfig, got {config!r}; pass numbers by name, for example window={config!r}"
-        )
-    if given:
-        raise ValueError(f"give the numbers either in config or by name, not both: {', '.join(given)}")
-    return config
 
 
 def _name(compressor: Compressor) -> str:

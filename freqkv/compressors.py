@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from freqkv.transform import low_pass
 
-__all__ = ["Compressor", "keep_recent", "low_pass_entries", "mean_pool"]
+__all__ = ["Compressor", "check_compressor", "keep_recent", "low_pass_entries", "mean_pool"]
 
 Compressor: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -38,3 +38,10 @@ def mean_pool(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         return runs.transpose(1, 2).reshape(*x.shape[:2], keep, x.shape[-1])
 
     return pool(keys), pool(values)
+
+
+def check_compressor(compressor: Compressor) -> Compressor:
+    """Raise TypeError where a compressor cannot be called."""
+    if not callable(compressor):
+        raise TypeError(f"compressor is a function (keys, values, keep) -> (keys, values), got {compressor!r}")
+    return compressor

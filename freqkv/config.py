@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from freqkv.schedule import Fold, Schedule
 
-__all__ = ["FreqKVConfig"]
+__all__ = ["FreqKVConfig", "geometry", "make_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,34 @@ class FreqKVConfig:
         if rope.get("rope_type") == "longrope" and original and self.window is not None and self.window > original:
             _warn_long_frequencies(self.window, original)
         return self
+
+
+def make_config(config: FreqKVConfig | None, **numbers: float | None) -> FreqKVConfig | None:
+    """One FreqKVConfig from what an entry point was given; None if it was given nothing."""
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if config is None:
+        return FreqKVConfig(**given) if given else None  # type: ignore[arg-type]
+    if not isinstance(config, FreqKVConfig):
+        raise TypeError(
+            f"config is a FreqKVConfig, got {config!r}; pass numbers by name, for example window={config!r}"
+        )
+    if given:
+        raise ValueError(f"give the numbers either in config or by name, not both: {', '.join(given)}")
+    return config
+
+
+def geometry(model_config: Any) -> dict[str, Any]:
+    """What of a model's configuration a cache must match: the shape of what it holds, and what its slots mean."""
+    text_config = model_config.get_text_config(decoder=True)
+    heads = getattr(text_config, "num_attention_heads", None)
+    hidden = getattr(text_config, "hidden_size", None)
+    return {
+        "number of layers": getattr(text_config, "num_hidden_layers", None),
+        "number of KV heads": getattr(text_config, "num_key_value_heads", None) or heads,
+        "head size": getattr(text_config, "head_dim", None) or (hidden // heads if hidden and heads else None),
+        "context length": getattr(text_config, "max_position_embeddings", None),
+        "RoPE parameters": copy.deepcopy(getattr(text_config, "rope_parameters", None)),
+    }
 
 
 @cache
