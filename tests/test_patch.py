@@ -156,7 +156,8 @@ def test_generate_uses_the_numbers_however_the_model_was_patched(way):
         output = model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True)
     assert isinstance(output.past_key_values, FreqKVCache)
     freqkv.unpatch(model)
-    assert instance_state(model).keys() == instance_state(tiny_llama()).keys()
+    fresh = instance_state(tiny_llama())
+    assert all(state.keys() == fresh[name].keys() for name, state in instance_state(model).items())
 
 
 def test_a_wrapper_that_somebody_kept_does_nothing_once_unpatched():
