@@ -9,7 +9,8 @@ to check the arguments of a call once and to keep it from building a mask over t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,16 +19,32 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
-from freqkv.cache import FreqKVCache, FreqKVLayer, UnsupportedModelError
+from freqkv.analysis import Analysis, AttentionLayer, analyse
+from freqkv.cache import Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, SegmentedCache
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
-from freqkv.rotary import Pairing, SlotRotation, find_pairing, slot_table
+from freqkv.rotary import SlotRotation, SlotTable
+from freqkv.schedule import Segment
 
 __all__ = ["Patch", "patch", "unpatch"]
 
 # What a wrapped decoder tells its wrapped layers, by the shape of an empty mask: a 4-D mask is taken as it is, so that the
 # decoder builds none, and it also reaches layers that gradient checkpointing runs again.
 CACHED, UNCACHED = (1, 1, 1, 0), (1, 1, 2, 0)
+# Under which names in `shared_kv_states` the entries of each segment are kept.
+SEGMENTS = "freqkv segments of "
+# What a model may be called with beside images, sounds and the like.
+TEXT_ARGUMENTS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "logits_to_keep",
+    "cache_position",
+)
+# While a model around the decoder runs: what else it was called with.
+_OUTER_INPUTS: ContextVar[set[str] | None] = ContextVar("freqkv_outer_inputs", default=None)
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -64,7 +81,7 @@ def patch(
     Raises
     ------
     UnsupportedModelError
-        If the model is no decoder with RoPE and full attention in every layer.
+        If the model is no decoder with RoPE, or has no full attention layer. See :func:`freqkv.supported`.
     TypeError, ValueError
         If the numbers cannot work together.
     """
@@ -114,7 +131,7 @@ class Patch:
     def _apply(self) -> None:
         shared = _find_shared(self.model)
         self._previous = None if shared is None else (shared.config, shared.compressor)
-        self._shared = _analyse(self.model) if shared is None else shared
+        self._shared = _Shared(self.model, analyse(self.model)) if shared is None else shared
         _wrap(self.model, self._shared)
         self._shared.config, self._shared.compressor = self._numbers
         self._applied = True
@@ -144,35 +161,38 @@ class Patch:
     def __repr__(self) -> str:
         numbers = "calls with a FreqKVCache" if self.config is None else str(self.config)
         lines = [f"freqkv.Patch({type(self.model).__name__}, {numbers})"]
-        for layer_idx, (name, pairing) in self._shared.layers.items():
-            lines.append(f"  layer {layer_idx}: {name}, keys rotated, {pairing} pairing")
+        analysis = self._shared.analysis
+        told = {layer.layer_idx: str(layer) for layer in analysis.layers}
+        told |= {index: f"{kind}, left to transformers" for index, kind in analysis.others.items() if index not in told}
+        lines += [f"  layer {index}: {told[index]}" for index in sorted(told)]
         return "\n".join(lines)
 
 
 class _Shared:
     """What the wrappers of one model share: the numbers for calls without a cache, slot tables and masks."""
 
-    def __init__(self, model_config: Any, decoder: nn.Module, rotary_name: str) -> None:
-        self.model_config = model_config
-        self.geometry = geometry(model_config)
-        self.decoder = decoder
-        self.rotary_name = rotary_name
+    def __init__(self, model: PreTrainedModel, analysis: Analysis) -> None:
+        self.model_config = model.config.get_text_config(decoder=True)
+        self.geometry = geometry(model.config)
+        self.analysis = analysis
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
-        self.layers: dict[int, tuple[str, Pairing]] = {}
-        self._rotations: dict[Any, tuple[Tensor, SlotRotation]] = {}
+        self._tables: dict[Any, tuple[Any, SlotTable]] = {}
         self._masks: dict[Any, Any] = {}
 
-    def rotation(self, layer_idx: int, window: int, device: torch.device) -> SlotRotation:
+    @property
+    def makes_all_masks(self) -> bool:
+        """Whether no layer needs a mask of the decoder."""
+        return not self.analysis.others and not any(layer.hybrid for layer in self.analysis.layers)
+
+    def table(self, layer: AttentionLayer, window: int, device: torch.device) -> SlotTable | None:
         """The slots of one layer; made anew when the rotary module, or what `model.to(...)` made of it, is another."""
-        rotary = getattr(self.decoder, self.rotary_name)
-        frequencies = getattr(rotary, "original_inv_freq", rotary.inv_freq)
-        pairing = self.layers[layer_idx][1]
-        key = pairing, window, device
-        known = self._rotations.get(key)
-        if known is None or known[0] is not frequencies:
-            known = frequencies, SlotRotation(pairing, *slot_table(rotary, window, device))
-            self._rotations[key] = known
+        if layer.rotary is None:
+            return None
+        key, version = (layer.rotary, window, device), layer.rotary.version()
+        known = self._tables.get(key)
+        if known is None or known[0] is not version:
+            known = self._tables[key] = version, layer.rotary.table(window, device)
         return known[1]
 
     def mask(self, config: Any, hidden_states: Tensor, held: int) -> Any:
@@ -199,17 +219,18 @@ class _Shared:
         """A cache of the numbers for calls that bring none."""
         return FreqKVCache(self.model_config, self.config, compressor=self.compressor)
 
-    def new_layer(self) -> FreqKVLayer:
+    def new_layer(self, hybrid: bool = False) -> FreqKVLayer:
         """A layer of the numbers that lives for one call of an attention module."""
         assert self.config is not None
-        return FreqKVLayer(self.config, self.compressor, preallocate=False)
+        kind = FreqKVHybridLayer if hybrid else FreqKVLayer
+        return kind(self.config, self.compressor, preallocate=False)
 
     def drop_masks(self) -> None:
         """Called when a forward ends: masks are made for a call, not for the model's life."""
         self._masks = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
+        return {**self.__dict__, "_tables": {}, "_masks": {}}  # made anew where the copy lives
 
 
 class _Behind:
@@ -244,6 +265,151 @@ class _Wrapper:
 
 
 class _AttentionForward(_Wrapper):
+    def __init__(self, layer: AttentionLayer, shared: _Shared) -> None:
+        super().__init__(layer.module, "forward", shared)
+        self.layer = layer
+        self._rotations: dict[Any, SlotRotation] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self.named(args, kwargs)
+        cache = kwargs.get(self.layer.cache_argument)
+        mode = _mode(kwargs.get("attention_mask"))
+        if isinstance(cache, FreqKVCache) and cache.forward_start is not None:
+            return self._in_segments(kwargs, cache)
+        ours = mode == UNCACHED or not self.shared.makes_all_masks
+        if cache is None and ours and self.shared.config is not None:
+            return self._in_segments({**kwargs, self.layer.cache_argument: None}, None)
+        if mode is not None or isinstance(cache, FreqKVCache):
+            raise RuntimeError(
+                "only a part of this model is patched, or it was unpatched between forward and backward: call "
+                "freqkv.patch(model) on the whole model, before the forward"
+            )
+        return self.original(**kwargs)
+
+    def _in_segments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> Any:
+        """Run the module over its tokens in segments that fit the free entries."""
+        hidden_states: Tensor = kwargs["hidden_states"]
+        tokens = hidden_states.shape[1]
+        shared_kv = _SharedEntries(kwargs.get("shared_kv_states"))
+        if cache is None:
+            seen, holder = 0, _OneLayer(self.shared.new_layer(self.layer.hybrid))
+            schedule = holder.layer.schedule
+            kwargs[self.layer.cache_argument] = holder
+        else:
+            assert cache.forward_start is not None
+            seen, holder = cache.forward_start, cache
+            schedule = cache.schedule
+        # A layer that reads the entries of another one may get the last tokens of the call only.
+        total = tokens if not self.layer.reads_shared else shared_kv.tokens if cache is None else cache.forward_tokens
+        segments = schedule.segments(seen, total)
+        rotation = self._rotation(schedule.window, hidden_states.device)
+        outputs = []
+        for number, segment in enumerate(segments):
+            start, stop = max(segment.start - (total - tokens), 0), segment.stop - (total - tokens)
+            if stop <= 0:
+                continue
+            call = kwargs if stop - start == tokens else _sliced(kwargs, start, stop, tokens)
+            call = {**call, **self._placed(call, segment, rotation, stop - start)}
+            if self.layer.reads_shared:
+                shared_kv.show(number)
+            else:
+                holder.announce(segment, rotation)
+            try:
+                output = self.original(**call)
+            finally:
+                holder.withdraw()
+            if not self.layer.reads_shared and len(segments) > 1:
+                shared_kv.keep(total, last=number == len(segments) - 1)
+            outputs.append(output)
+        if len(outputs) == 1:
+            return outputs[0]
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs, dim=1)
+        # Attention weights of different segments are over different entries: they do not add up to one matrix. What else a
+        # module returns beside them (GPT-NeoX-Japanese: a bias) is the same for all.
+        rest = zip(*(output[1:] for output in outputs), strict=True)
+        same = (first if all(other is first for other in others) else None for first, *others in rest)
+        return torch.cat([output[0] for output in outputs], dim=1), *same
+
+    def _placed(self, call: dict[str, Any], segment: Segment, rotation: SlotRotation, tokens: int) -> dict[str, Any]:
+        """The arguments that tell a segment where it stands: its positions and its mask."""
+        first = segment.entries - tokens  # its own first slot, unless it came without its first tokens
+        slots = slice(first, segment.entries)
+        placed: dict[str, Any] = {}
+        given = call.get("position_embeddings")
+        if given is not None and rotation.table is not None:
+            dtype = (given if isinstance(given, Tensor) else given[0]).dtype
+            placed["position_embeddings"] = rotation.table.embeddings(slots, dtype)
+        elif self.layer.positions == "position_ids":
+            placed["position_ids"] = torch.arange(first, segment.entries, device=call["hidden_states"].device)[None]
+        config = getattr(self.layer.module, "config", self.shared.model_config)
+        mask = self.shared.mask(config, call["hidden_states"], first)
+        key = self.layer.rule.mask_key
+        placed["attention_mask"] = mask if key is None else {**(call["attention_mask"] or {}), key: mask}
+        return placed
+
+    def _rotation(self, window: int, device: torch.device) -> SlotRotation:
+        table = self.shared.table(self.layer, window, device)
+        rotation = self._rotations.get((window, device))
+        scale = self.layer.scale()
+        if rotation is None or rotation.table is not table or rotation.scale is not scale:
+            rotation = SlotRotation(table, self.layer.rotation, scale)
+            self._rotations[window, device] = rotation
+        return rotation
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rotations": {}}
+
+
+class _SharedEntries:
+    """Entries that a layer leaves in `shared_kv_states` for later layers, one pair of tensors for each segment.
+
+    The mapping of the model is the only thing that both layers see, also where gradient checkpointing runs them again,
+    and what it holds may be moved between devices: so the segments are kept in it, as tensors.
+    """
+
+    def __init__(self, mapping: MutableMapping[str, tuple[Tensor, ...]] | None) -> None:
+        self.mapping = mapping
+        self.before = dict(mapping) if mapping is not None else {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def keep(self, total: int, last: bool) -> None:
+        """After a segment of the layer that makes them."""
+        if self.mapping is None:
+            return
+        for name, entries in list(self.mapping.items()):
+            if not name.startswith(SEGMENTS) and entries is not self.before.get(name):
+                kept = self.kept.setdefault(name, [entries[0].new_empty(total, 0)])
+                # The next segment may fold these in place.
+                kept += [entry if last or entry.requires_grad else entry.clone() for entry in entries]
+                self.before[name] = entries
+                if last:
+                    self.mapping[SEGMENTS + name] = tuple(kept)
+
+    def show(self, number: int) -> None:
+        """Before a segment of a layer that reads them."""
+        assert self.mapping is not None
+        for name, kept in list(self.mapping.items()):
+            if name.startswith(SEGMENTS):
+                self.mapping[name.removeprefix(SEGMENTS)] = kept[1 + 2 * number], kept[2 + 2 * number]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens made them."""
+        assert self.mapping is not None
+        for name, kept in self.mapping.items():
+            if name.startswith(SEGMENTS):
+                return kept[0].shape[0]
+        raise AssertionError
+
+
+class _ModelForward(_Wrapper):
+    """Stands in for the forward of a model around the decoder, such as one with images, or with the language model head.
+
+    Such a model may turn the mask that a caller gave into others before the decoder sees it, and asks the cache how large
+    they are. So the outermost one looks at what the caller gave, and begins the forward of the cache.
+    """
+
     def __init__(self, module: nn.Module, shared: _Shared) -> None:
         super().__init__(module, "forward", shared)
         self.module = module
@@ -251,80 +417,38 @@ class _AttentionForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
-        layer_idx: int = self.module.layer_idx  # type: ignore[assignment]
-        mode = _mode(kwargs.get("attention_mask"))
-        if isinstance(cache, FreqKVCache) and mode == CACHED:
-            layer = cache.layers[layer_idx]
-        elif cache is None and mode == UNCACHED and self.shared.config is not None:
-            layer = self.shared.new_layer()
-            kwargs = {**kwargs, "past_key_values": _OneLayer(layer)}
-        elif mode == CACHED:
-            raise RuntimeError(
-                "the FreqKVCache of this forward did not reach its attention layers: gradient checkpointing drops caches. "
-                "For training, patch with numbers, freqkv.patch(model, window=...), and pass no cache"
-            )
-        elif mode == UNCACHED or isinstance(cache, FreqKVCache):
-            raise RuntimeError(
-                "only a part of this model is patched, or it was unpatched between forward and backward: call "
-                "freqkv.patch(model) on the whole model, before the forward"
-            )
-        else:
+        if _OUTER_INPUTS.get() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
             return self.original(**kwargs)
-
-        hidden_states: Tensor = kwargs["hidden_states"]
-        tokens = hidden_states.shape[1]
-        rotation = self.shared.rotation(layer_idx, layer.schedule.window, hidden_states.device)
-        dtype = kwargs["position_embeddings"][0].dtype
-        outputs = []
-        segments = layer.schedule.segments(layer.seen, tokens)
-        for segment in segments:
-            call = kwargs if len(segments) == 1 else _sliced(kwargs, segment.start, segment.stop, tokens)
-            hidden = call["hidden_states"]
-            layer.expect(segment, rotation)
-            try:
-                output = self.original(
-                    **{
-                        **call,
-                        "position_embeddings": rotation.embeddings(segment.slot, segment.entries, dtype),
-                        "attention_mask": self.shared.mask(self.module.config, hidden, segment.slot),
-                    }
-                )
-            finally:
-                layer.forget_expected()
-            outputs.append(output)
-        if len(outputs) == 1:
-            return outputs[0]
-        # Attention weights of different segments are over different entries: they do not add up to one matrix.
-        return torch.cat([output[0] for output in outputs], dim=1), *(None for _ in outputs[0][1:])
-
-
-class _DecoderForward(_Wrapper):
-    def __init__(self, decoder: nn.Module, shared: _Shared) -> None:
-        super().__init__(decoder, "forward", shared)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self.named(args, kwargs)
-        cache = kwargs.get("past_key_values")
-        if cache is None and self.shared.config is not None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache is None:
-                use_cache = getattr(self.shared.model_config, "use_cache", True)
-            if use_cache and not self.shared.decoder.training:  # training has no use for one
-                cache = self.shared.new_cache()
-            kwargs = {**kwargs, "past_key_values": cache, "use_cache": cache is not None}
-        elif not isinstance(cache, FreqKVCache):
-            return self.original(**kwargs)
-        if cache is not None:
+        if isinstance(cache, FreqKVCache):
             self._check_cache(cache)
-            cache.begin_forward()
-        self._check_arguments(kwargs, cache)
-        mode = UNCACHED if cache is None else CACHED
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if inputs is not None:
+            self._check_inputs(kwargs, inputs, cache)
+        extra = {
+            n
+            for n, value in kwargs.items()
+            if isinstance(value, Tensor) and n not in TEXT_ARGUMENTS and bool(value.any())
+        }
+        token = _OUTER_INPUTS.set(extra)
         try:
-            output = self.original(**{**kwargs, "attention_mask": torch.empty(mode)})
+            if not isinstance(cache, FreqKVCache) or inputs is None:
+                return self.original(**kwargs)
+            return self._in_forward(cache, inputs.shape[1], kwargs)
         finally:
-            self.shared.drop_masks()
-        if cache is not None:
+            _OUTER_INPUTS.reset(token)
+
+    def _makes_one(self, cache: Any) -> bool:
+        """Whether the numbers hold for a call with this cache."""
+        return cache is None and self.shared.config is not None
+
+    def _in_forward(self, cache: FreqKVCache, tokens: int, kwargs: dict[str, Any]) -> Any:
+        try:
+            cache.begin_forward(tokens)
+            output = self.original(**kwargs)
             cache.end_forward()
+        except BaseException:
+            cache.abort_forward()
+            raise
         return output
 
     def _check_cache(self, cache: FreqKVCache) -> None:
@@ -335,10 +459,7 @@ class _DecoderForward(_Wrapper):
                     f"{expected}: make it with FreqKVCache(model.config, ...) of the model that uses it"
                 )
 
-    def _check_arguments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> None:
-        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    def _check_inputs(self, kwargs: dict[str, Any], inputs: Tensor, cache: FreqKVCache | None) -> None:
         batch, tokens = inputs.shape[:2]
         seen = 0 if cache is None else cache.tokens_seen
         if tokens == 0:
@@ -348,20 +469,77 @@ class _DecoderForward(_Wrapper):
             )
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
-
         _check_mask(kwargs.get("attention_mask"), batch, seen, tokens)
+
+
+class _DecoderForward(_ModelForward):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self.named(args, kwargs)
+        cache = kwargs.get("past_key_values")
+        if self._makes_one(cache):
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = getattr(self.shared.model_config, "use_cache", True)
+            if use_cache and not self.module.training:  # training has no use for one
+                cache = self.shared.new_cache()
+            kwargs = {**kwargs, "past_key_values": cache, "use_cache": cache is not None}
+        elif not isinstance(cache, FreqKVCache):
+            if self.shared.config is not None and not self.shared.makes_all_masks and self._drops_caches():
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__}, which gradient checkpointing drops on the way to attention "
+                    "layers, so that they could not tell that it was there. Pass no cache in training"
+                )
+            return self.original(**kwargs)
+        elif self._drops_caches():
+            raise RuntimeError(
+                "this FreqKVCache would not reach the attention layers: gradient checkpointing drops caches. For training, "
+                "patch with numbers, freqkv.patch(model, window=...), and pass no cache"
+            )
+        tokens = self._check_arguments(kwargs, cache)
+        if self.shared.makes_all_masks:
+            kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED if cache is None else CACHED)}
+        try:
+            if cache is None:
+                return self.original(**kwargs)
+            if cache.forward_start is not None and _OUTER_INPUTS.get() is not None:
+                cache.forward_tokens = tokens  # images may have become more tokens on the way
+                return self.original(**kwargs)
+            return self._in_forward(cache, tokens, kwargs)
+        finally:
+            self.shared.drop_masks()
+
+    def _drops_caches(self) -> bool:
+        return self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules())
+
+    def _check_arguments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> int:
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        outer = _OUTER_INPUTS.get()
+        if outer is None:
+            if cache is not None:
+                self._check_cache(cache)
+            self._check_inputs(kwargs, inputs, cache)
+        elif outer and isinstance(kwargs.get("attention_mask"), dict):
+            raise ValueError(
+                f"the model made attention masks of its own from {', '.join(sorted(outer))} (tokens of an image attend to each "
+                "other), and FreqKV knows causal masks only. Use text, or transformers' DynamicCache"
+            )
+        tokens: int = inputs.shape[1]
+        seen = 0 if cache is None else cache.tokens_seen
         _check_not_packed(kwargs, seen, tokens)
         config = self.shared.model_config
         wants_attentions = kwargs.get("output_attentions")
         if getattr(config, "output_attentions", False) if wants_attentions is None else wants_attentions:
-            layer = self.shared.new_layer() if cache is None else cache.layers[0]
-            segments = layer.schedule.segments(seen, tokens)
+            schedule = self.shared.new_layer().schedule if cache is None else cache.schedule
+            segments = schedule.segments(seen, tokens)
             if len(segments) > 1:
                 raise ValueError(
                     "output_attentions: the weights of a call that is compressed half-way are over different entries "
                     f"and do not form one matrix. Feed at most {segments[0].stop} tokens now, or leave "
                     "output_attentions out"
                 )
+        return tokens
 
 
 def _check_mask(mask: Any, batch: int, seen: int, tokens: int) -> None:
@@ -419,33 +597,30 @@ class _PrepareCacheForGeneration(_Wrapper):
         return self.original(generation_config, model_kwargs, *args, **kwargs)
 
 
-class _OneLayer:
+class _OneLayer(SegmentedCache):
     """The cache of one attention call: hands its layer to whatever index the module names."""
 
     def __init__(self, layer: FreqKVLayer) -> None:
+        super().__init__(layers=Everywhere([layer]))
         self.layer = layer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.layer.update(key_states, value_states)
-
-
-class _Recorder:
-    """A cache that keeps what a module wants to store."""
-
-    keys: Tensor
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = key_states
-        return key_states, value_states
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layer.seen
 
 
 def _sliced(kwargs: dict[str, Any], start: int, stop: int, tokens: int) -> dict[str, Any]:
-    """Arguments of tokens `[start, stop)`: whatever is `(batch, tokens, ...)` is sliced, all else passed on."""
+    """Arguments of tokens `[start, stop)`: whatever has an axis of tokens is sliced along it, all else passed on."""
 
-    def per_token(name: str, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == tokens and name != "attention_mask"
+    def of_segment(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: of_segment(entry) for name, entry in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        # (batch, tokens, ...), (batch, 1, tokens, 1), or positions of (axes, batch, tokens)
+        axis = next((axis for axis in (1, -2, -1) if value.ndim >= 2 and value.shape[axis] == tokens), None)
+        return value if axis is None else value.narrow(axis, start, stop - start)
 
-    return {name: value[:, start:stop] if per_token(name, value) else value for name, value in kwargs.items()}
+    return {name: of_segment(value) for name, value in kwargs.items()}
 
 
 def _mode(mask: Any) -> tuple[int, ...] | None:
@@ -467,113 +642,17 @@ def _find_shared(model: nn.Module) -> _Shared | None:
 def _wrap(model: nn.Module, shared: _Shared) -> None:
     """Wrap whatever is not wrapped yet: a part of the model may have been patched, or unpatched, by itself."""
     wrapped = {(module, wrapper.name) for module, _, wrapper in _wrappers(model)}
-    for module in list(model.modules()):
-        if _is_attention(module) and (module, "forward") not in wrapped:
-            module.__dict__["forward"] = _AttentionForward(module, shared)
-        if module is shared.decoder and (module, "forward") not in wrapped:
-            module.__dict__["forward"] = _DecoderForward(module, shared)
-        name = "_prepare_cache_for_generation"
+    inside = set(model.modules())
+    for layer in shared.analysis.layers:
+        if layer.module in inside and (layer.module, "forward") not in wrapped:
+            layer.module.__dict__["forward"] = _AttentionForward(layer, shared)
+    decoder = shared.analysis.decoder
+    if decoder in inside and (decoder, "forward") not in wrapped:
+        decoder.__dict__["forward"] = _DecoderForward(decoder, shared)
+    for module in shared.analysis.around:
+        if module in inside and (module, "forward") not in wrapped:
+            module.__dict__["forward"] = _ModelForward(module, shared)
+    name = "_prepare_cache_for_generation"
+    for module in inside:
         if isinstance(module, GenerationMixin) and (module, name) not in wrapped:
             module.__dict__[name] = _PrepareCacheForGeneration(module, shared)
-
-
-def _analyse(model: PreTrainedModel) -> _Shared:
-    """Find out how the model rotates and caches its keys, or refuse it."""
-    family = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', 'unknown')!r})"
-    instead = "Use transformers' DynamicCache for it"
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{family} is an encoder-decoder; FreqKV compresses the cache of decoder-only models. Use transformers' "
-            "EncoderDecoderCache for it"
-        )
-    attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
-    decoder, rotary_name = _find_rotary(model, attentions)
-    if decoder is None:
-        if any(_is_rotary(module) for module in model.modules()):
-            raise UnsupportedModelError(
-                f"{family} has rotary position embeddings, but does not hand them to its attention layers as "
-                f"position_embeddings, together with past_key_values, which is all that FreqKV serves so far. {instead}"
-            )
-        raise UnsupportedModelError(
-            f"{family} has no rotary position embeddings: FreqKV moves keys between positions by RoPE, which learned, ALiBi "
-            f"or relative positions do not allow. {instead}"
-        )
-    FreqKVCache(model.config, FreqKVConfig(window=16))  # raises by name where a layer is not full attention
-
-    config = model.config.get_text_config(decoder=True)
-    shared = _Shared(config, decoder, rotary_name)
-    for name, module in attentions.items():
-        try:
-            pairing = _calibrate(module, getattr(decoder, rotary_name), model.dtype)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{family}: a few tokens could not be run through {name} alone, to see how it rotates its keys "
-                f"({type(error).__name__}: {error}). {instead}"
-            ) from error
-        if pairing is None:
-            raise UnsupportedModelError(
-                f"{family} rotates the keys of {name} in a way that FreqKV does not know (neither half nor interleaved "
-                f"pairing explains what it caches). {instead}"
-            )
-        shared.layers[int(module.layer_idx)] = name, pairing  # type: ignore[arg-type]
-    if sorted(shared.layers) != list(range(config.num_hidden_layers)):
-        raise UnsupportedModelError(
-            f"{family} has {config.num_hidden_layers} layers, but attention modules were found for {sorted(shared.layers)} "
-            f"only. {instead}"
-        )
-    return shared
-
-
-def _is_attention(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "layer_idx", None), int):
-        return False
-    parameters = inspect.signature(module.forward).parameters
-    return {"hidden_states", "position_embeddings", "past_key_values"} <= set(parameters) and not any(
-        _is_attention(child) for child in module.children()
-    )
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return hasattr(module, "inv_freq") and "position_ids" in inspect.signature(module.forward).parameters
-
-
-def _find_rotary(model: nn.Module, attentions: dict[str, nn.Module]) -> tuple[nn.Module | None, str]:
-    """The nearest module around the attention modules that owns a rotary module: the decoder; and the rotary's name."""
-    for name in attentions:
-        while name:
-            name = name.rpartition(".")[0]
-            decoder = model.get_submodule(name)
-            for child_name, child in decoder.named_children():
-                if _is_rotary(child):
-                    return decoder, child_name
-    return None, ""
-
-
-@torch.no_grad()
-def _calibrate(module: nn.Module, rotary: nn.Module, dtype: torch.dtype) -> Pairing | None:
-    """Replay a few tokens with and without rotation, and see what the module does to its keys."""
-    config: Any = module.config
-    hook = getattr(module, "_hf_hook", None)  # of accelerate, where weights are elsewhere between calls
-    device = torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 5, config.hidden_size, generator=generator).to(device, dtype)
-    cos, sin = (t.to(dtype) for t in slot_table(rotary, hidden.shape[1], device))
-    recorded = []
-    implementation = config._attn_implementation
-    config._attn_implementation = "eager"  # others may compile, or take half precision only
-    devices = [device] if device.type == "cuda" else []
-    try:
-        for embeddings in ((torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)):
-            recorder = _Recorder()
-            with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
-                module.forward(
-                    hidden_states=hidden,
-                    position_embeddings=tuple(t[None] for t in embeddings),
-                    attention_mask=None,
-                    past_key_values=recorder,
-                )
-            recorded.append(recorder.keys)
-    finally:
-        config._attn_implementation = implementation
-    raw, rotated = recorded
-    return find_pairing(raw, rotated, cos, sin)

@@ -145,12 +145,22 @@ def make_config(config: FreqKVConfig | None, **numbers: float | None) -> FreqKVC
 def geometry(model_config: Any) -> dict[str, Any]:
     """What of a model's configuration a cache must match: the shape of what it holds, and what its slots mean."""
     text_config = model_config.get_text_config(decoder=True)
-    heads = getattr(text_config, "num_attention_heads", None)
-    hidden = getattr(text_config, "hidden_size", None)
+
+    def numbers(name: str) -> Any:
+        """Some families have other numbers in other layers, and their configuration raises where asked for one."""
+        try:
+            return getattr(text_config, name, None)
+        except AttributeError:
+            raise
+        except Exception:
+            return tuple(getattr(layer, name, None) for layer in text_config.per_layer_config)
+
+    heads, hidden = numbers("num_attention_heads"), numbers("hidden_size")
+    evenly = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
     return {
         "number of layers": getattr(text_config, "num_hidden_layers", None),
-        "number of KV heads": getattr(text_config, "num_key_value_heads", None) or heads,
-        "head size": getattr(text_config, "head_dim", None) or (hidden // heads if hidden and heads else None),
+        "number of KV heads": numbers("num_key_value_heads") or heads,
+        "head size": numbers("head_dim") or evenly,
         "context length": getattr(text_config, "max_position_embeddings", None),
         "RoPE parameters": copy.deepcopy(getattr(text_config, "rope_parameters", None)),
     }

@@ -1,4 +1,4 @@
-"""Rotary embeddings: the table of all slots, its inverse, and finding out how a layer rotates its keys.
+"""Rotary embeddings: the table of all slots, its inverse, and finding out how a layer rotates what it caches.
 
 A cached key is stored rotated at its slot. A fold needs it unrotated, and the result rotated at new slots; both come
 from one table of `window` rows, computed by the model's own rotary module.
@@ -15,17 +15,80 @@ from torch import Tensor, nn
 
 from freqkv.transform import compute_dtype
 
-__all__ = ["Pairing", "SlotRotation", "find_pairing", "slot_table"]
+__all__ = ["KeyRotation", "SlotRotation", "SlotTable", "find_rotation", "slot_table"]
 
 Pairing = Literal["half", "interleaved"]
-PAIRINGS: tuple[Pairing, ...] = ("half", "interleaved")
+Stream = Literal["keys", "values"]
+Native = Tensor | tuple[Tensor, ...]
 
 
-def slot_table(rotary: nn.Module, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`cos` and `sin` of slots `0..slots-1`, `(slots, dims)` each, float32, from the model's own rotary module.
+@dataclass(frozen=True)
+class KeyRotation:
+    """How an attention layer rotates what it caches.
 
-    Attention scaling (yarn, longrope) is part of both. RoPE types whose frequencies depend on the length (dynamic,
-    longrope) take those of a sequence of `slots` tokens.
+    Attributes
+    ----------
+    stream : "keys" or "values"
+        Which of the two tensors that it hands to `update` is rotated. Multi-head latent attention (DeepSeek) passes
+        `(latent, rotated key)`, so that it is the second.
+    pairing : "half" or "interleaved"
+        Whether channel i rotates with channel `i + dims / 2` (Llama) or with its neighbour (GPT-J).
+    dims : int
+        Channels that are rotated, the first ones of each head; the others pass.
+    reverse : bool
+        Whether it turns the other way round (NanoChat).
+    """
+
+    stream: Stream
+    pairing: Pairing
+    dims: int
+    reverse: bool = False
+
+    def __str__(self) -> str:
+        what = "keys" if self.stream == "keys" else "the second of the cached tensors"
+        reverse = ", reversed" if self.reverse else ""
+        return f"{what} rotated in {self.dims} channels, {self.pairing} pairing{reverse}"
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """What a rotary module returns for slots `0 .. n-1`.
+
+    Attributes
+    ----------
+    native : Tensor or tuple of Tensor
+        As the module returns it and attention layers take it: `(cos, sin)` of `(1, n, width)` float32, or one complex
+        tensor. Attention scaling (yarn, longrope) is part of it.
+    cos, sin : Tensor
+        One column a pair of channels, `(n, pairs)` float32, of the same scale.
+    """
+
+    native: Native | None
+    cos: Tensor
+    sin: Tensor
+    _cast: dict[torch.dtype, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def embeddings(self, rows: slice | Tensor, dtype: torch.dtype) -> Native:
+        """`native` for the slots `rows`; real tables in `dtype`, complex ones as they are."""
+        native = self._cast.get(dtype)
+        if native is None:
+            assert self.native is not None
+            with torch.inference_mode(False):  # tables outlive the call
+                native = tuple(t if t.is_complex() else t.to(dtype) for t in _tensors(self.native))
+            self._cast[dtype] = native
+        rows_of = tuple(t[..., rows, :] for t in native)
+        return rows_of[0] if isinstance(self.native, Tensor) else rows_of
+
+
+def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: str | None = None) -> SlotTable:
+    """The table of slots `0 .. slots-1`, from the model's own rotary module.
+
+    RoPE types whose frequencies depend on the length (dynamic, longrope) take those of a sequence of `slots` tokens.
+
+    Parameters
+    ----------
+    rotary : nn.Module
+        Called as `rotary(x, position_ids)`, or `rotary(x, position_ids, layer_type)` where it has a table for each.
     """
     # Calling it may change buffers (dynamic RoPE types): a copy leaves the model as it was. Tables outlive the call, and
     # inference tensors could not enter a graph later.
@@ -37,91 +100,161 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device) -> tuple[Ten
             pristine.max_seq_len_cached = pristine.original_max_seq_len
         origin = next((b.device for b in rotary.buffers() if b.device.type != "meta"), device)
         positions = torch.arange(slots, device=origin)[None]
-        cos, sin = rotary(torch.zeros(1, 1, dtype=torch.float32, device=origin), positions)
-        return cos[0].to(device), sin[0].to(device)
+        hidden = torch.zeros(1, 1, dtype=torch.float32, device=origin)
+        native = rotary(hidden, positions) if layer_type is None else rotary(hidden, positions, layer_type)
+        if isinstance(native, Tensor):
+            native = native.to(device)
+            if not native.is_complex():
+                raise ValueError(
+                    f"{type(rotary).__name__} returns one real tensor, neither (cos, sin) nor a complex one"
+                )
+            return SlotTable(native, native[0].real.float().contiguous(), native[0].imag.float().contiguous())
+        cos, sin = (t.to(device) for t in native)
+        return SlotTable((cos, sin), *_one_column_a_pair(cos[0].float(), sin[0].float()))
+
+
+def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTable:
+    """The table of a model that keeps `[sin | cos]` of all positions in a buffer (GPT-J, CodeGen).
+
+    Raises
+    ------
+    ValueError
+        If it has fewer than `slots` rows.
+    """
+    if buffer.shape[0] < slots:
+        raise ValueError(f"the model has positions for {buffer.shape[0]} slots only: window={slots} must not be larger")
+    with torch.inference_mode(False):
+        sin, cos = buffer[:slots].to(device).float().clone().chunk(2, dim=-1)
+    return SlotTable(None, cos, sin)
+
+
+def _one_column_a_pair(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables are laid out `[pairs | pairs]` (Llama), each pair's column twice in a row (Cohere), or once (gpt-oss)."""
+    pairs = cos.shape[-1] // 2
+    for columns in (slice(0, pairs), slice(0, None, 2)):
+        others = slice(pairs, None) if columns.step is None else slice(1, None, 2)
+        if pairs and all(torch.equal(t[:, columns], t[:, others]) for t in (cos, sin)):
+            return cos[:, columns].contiguous(), sin[:, columns].contiguous()
+    return cos, sin
+
+
+def _tensors(native: Native) -> tuple[Tensor, ...]:
+    return (native,) if isinstance(native, Tensor) else native
 
 
 @dataclass(frozen=True)
 class SlotRotation:
-    """Rotation of keys at their slots, and back.
+    """Rotation of what one layer caches at its slots, and back.
 
     Parameters
     ----------
-    pairing : "half" or "interleaved"
-        Whether channel i rotates with channel `i + dims / 2` (Llama) or with its neighbour (GPT-J).
-    cos, sin : Tensor
-        `(slots, dims)` float32, both channels of a pair holding the same value. Only the first `dims` channels of a
-        key are rotated. A common scale of both is inverted exactly.
+    table : SlotTable or None
+        None for a layer whose keys are not rotated.
+    how : KeyRotation or None
+        Likewise.
+    scale : Tensor, optional
+        `(head_dim,)`, by which the layer multiplies its keys once they are rotated (HunYuan's norm).
     """
 
-    pairing: Pairing
-    cos: Tensor
-    sin: Tensor
+    table: SlotTable | None
+    how: KeyRotation | None
+    scale: Tensor | None = None
     _cast: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
-    def embeddings(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)` of slots `[start, stop)` as decoder layers take them: `(1, stop - start, dims)` of `dtype`."""
-        cos, sin = self._tables(dtype)
-        return cos[None, start:stop], sin[None, start:stop]
+    def rotate(self, entries: Tensor, slot: int) -> Tensor:
+        """Rotate `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
+        cos, sin = self._rows(entries, slot)
+        rotated = self._turn(entries.to(cos.dtype), cos, sin)
+        return rotated if self.scale is None else rotated * self.scale.to(rotated)
 
-    def rotate(self, keys: Tensor, slot: int) -> Tensor:
-        """Rotate keys `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
-        cos, sin = self._rows(keys, slot)
-        return self._turn(keys, cos, sin)
-
-    def unrotate(self, keys: Tensor, slot: int) -> Tensor:
+    def unrotate(self, entries: Tensor, slot: int) -> Tensor:
         """Inverse of :meth:`rotate`."""
-        cos, sin = self._rows(keys, slot)
+        cos, sin = self._rows(entries, slot)
         norm = cos * cos + sin * sin  # not quite 1, and the square of the attention scaling where there is one
-        return self._turn(keys, cos / norm, -sin / norm)
+        entries = entries.to(cos.dtype)
+        if self.scale is not None:
+            entries = entries / self.scale.to(entries)
+        return self._turn(entries, cos / norm, -sin / norm)
 
-    def _rows(self, keys: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        rows = slice(slot, slot + keys.shape[-2])
-        cos, sin = self._tables(compute_dtype(keys.dtype))
-        return cos[rows], sin[rows]
-
-    def _tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rows(self, entries: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(entries.dtype)
         tables = self._cast.get(dtype)
         if tables is None:
+            assert self.table is not None
+            assert self.how is not None
             with torch.inference_mode(False):  # they outlive the call
-                tables = self._cast[dtype] = self.cos.to(dtype), self.sin.to(dtype)
-        return tables
+                sin = -self.table.sin if self.how.reverse else self.table.sin
+                tables = self._cast[dtype] = self.table.cos.to(dtype), sin.to(dtype)
+        rows = slice(slot, slot + entries.shape[-2])
+        return tables[0][rows], tables[1][rows]
 
-    def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        keys = keys.to(cos.dtype)
-        dims = cos.shape[-1]
-        rotated, rest = keys[..., :dims], keys[..., dims:]
-        rotated = rotated * cos + _quarter_turn(rotated, self.pairing) * sin
+    def _turn(self, entries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        assert self.how is not None
+        dims = 2 * cos.shape[-1]
+        rotated, rest = entries[..., :dims], entries[..., dims:]
+        if self.how.pairing == "half":
+            first, second = rotated.chunk(2, dim=-1)
+            rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        else:
+            first, second = rotated[..., ::2], rotated[..., 1::2]
+            rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
-def _quarter_turn(x: Tensor, pairing: Pairing) -> Tensor:
-    if pairing == "half":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([-second, first], dim=-1)
-    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-
-
-def find_pairing(raw: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor) -> Pairing | None:
-    """Tell how a layer rotates its keys from one set of keys without and with rotation.
+def find_rotation(
+    raw: tuple[Tensor, Tensor],
+    rotated: tuple[Tensor, Tensor],
+    table: SlotTable | None,
+    slots: Tensor,
+    scale: Tensor | None,
+) -> KeyRotation | None:
+    """Tell how a layer rotates from what it caches for the same tokens at slot 0 and at `slots`.
 
     Parameters
     ----------
-    raw, rotated : Tensor
-        `(batch, heads, n, head_dim)` keys of the same tokens, replayed with identity embeddings (cos 1, sin 0) and with
-        `cos, sin`.
-    cos, sin : Tensor
-        `(n, dims)`, as the layer got them, at slots that differ.
+    raw, rotated : tuple of Tensor
+        What the layer hands to `update`, `(batch, heads, n, dim)` each: with all tokens at slot 0, where RoPE turns
+        nothing, and with token i at `slots[i]`.
+    table : SlotTable or None
+        What it got its embeddings from.
+    slots : Tensor
+        `(n,)`, none of them 0.
+    scale : Tensor or None
+        See :class:`SlotRotation`.
 
     Returns
     -------
-    "half", "interleaved" or None
-        None when neither explains `rotated` to the rounding of its dtype.
+    KeyRotation or None
+        None if positions make no difference: the layer does not rotate.
+
+    Raises
+    ------
+    ValueError
+        If no known rotation explains the difference to the rounding of its dtype.
     """
-    tolerance = torch.finfo(rotated.dtype).eps  # a layer that norms after RoPE is off by little more than this
-    found: dict[float, Pairing] = {}
-    for pairing in PAIRINGS:
-        error: Any = SlotRotation(pairing, cos, sin).rotate(raw, 0) - rotated
-        found[(error.norm() / rotated.to(error.dtype).norm()).item()] = pairing
+    streams: dict[Stream, tuple[Tensor, Tensor]] = {"keys": (raw[0], rotated[0]), "values": (raw[1], rotated[1])}
+    moved = [name for name, (before, after) in streams.items() if not torch.equal(before, after)]
+    if not moved:
+        return None
+    if len(moved) == 2 or table is None:
+        raise ValueError("both cached tensors depend on positions" if table is not None else "no rotary table is known")
+    before, after = streams[moved[0]]
+    dims = 2 * table.cos.shape[-1]
+    if dims > before.shape[-1]:
+        raise ValueError(f"the rotary module turns {dims} channels, the cached tensor has {before.shape[-1]}")
+    dtype = compute_dtype(before.dtype)
+    cos, sin = table.cos.to(dtype), table.sin.to(dtype)
+    size = (cos[0] ** 2 + sin[0] ** 2).sqrt()  # `raw` holds the attention scaling already
+    at_slots = SlotTable(None, cos[slots] / size, sin[slots] / size)
+    scale = torch.ones((), dtype=dtype, device=before.device) if scale is None else scale.to(dtype)
+    found: dict[float, KeyRotation] = {}
+    for pairing in ("half", "interleaved"):
+        for reverse in (False, True):
+            how = KeyRotation(moved[0], pairing, dims, reverse)  # type: ignore[arg-type]
+            error: Any = SlotRotation(at_slots, how).rotate(before / scale, 0) * scale - after
+            found[(error.norm() / after.to(dtype).norm()).item()] = how
     best = min(found)
-    return found[best] if best <= tolerance else None
+    # A layer that norms after RoPE, or rotates elsewhere, is off by much more than rounding.
+    if not best <= torch.finfo(after.dtype).eps:
+        raise ValueError(f"neither half nor interleaved pairing explains them: off by {best:.1e}")
+    return found[best]

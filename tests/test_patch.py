@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.families import FAMILY_RULES
 
 N = 23
 
@@ -220,7 +221,7 @@ def test_threads_with_a_cache_each():
 def test_the_handle_tells_how_each_layer_caches():
     text = repr(freqkv.patch(tiny_llama(layers=3)))
     assert "LlamaForCausalLM, calls with a FreqKVCache" in text
-    assert "layer 2: model.layers.2.self_attn, keys rotated, half pairing" in text
+    assert "layer 2: model.layers.2.self_attn, keys rotated in 16 channels, half pairing" in text
 
 
 def test_signatures_stay():
@@ -368,28 +369,10 @@ def test_encoder_decoders_are_refused():
         freqkv.patch(transformers.T5ForConditionalGeneration(config))
 
 
-def test_rotary_models_that_are_not_served_are_told_apart():
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **TINY}
-    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**small))
-    with pytest.raises(
-        freqkv.UnsupportedModelError, match=r"'gpt_neox'.* has rotary position embeddings, but does not hand"
-    ):
-        freqkv.patch(neox)
-    config = transformers.DeepseekV3Config(
-        **small,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-    )
-    with pytest.raises(freqkv.UnsupportedModelError, match=r"'deepseek_v3'.* Use transformers' DynamicCache"):
-        freqkv.patch(transformers.DeepseekV3ForCausalLM(config))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_that_are_normed_after_rope_are_refused_in_any_dtype(dtype):
+def test_what_rotation_does_not_explain_is_refused_in_any_dtype(dtype, monkeypatch):
+    """HunYuan norms keys after RoPE; here nobody says so."""
+    monkeypatch.delitem(FAMILY_RULES, "hunyuan_v1_dense")
     config = transformers.HunYuanDenseV1Config(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, **TINY,
@@ -399,7 +382,7 @@ def test_keys_that_are_normed_after_rope_are_refused_in_any_dtype(dtype):
         for name, weight in model.named_parameters():
             if "key_layernorm" in name:
                 weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(freqkv.UnsupportedModelError, match=r"rotates the keys of model.layers.0.self_attn in a way"):
+    with pytest.raises(freqkv.UnsupportedModelError, match=r"rotates what model.layers.0.self_attn caches in a way"):
         freqkv.patch(model.to(dtype))
 
 
@@ -415,14 +398,14 @@ def test_attention_functions_without_masks_are_refused():
     model(tokens(5), past_key_values=cache)
 
 
-def test_layers_that_are_not_full_attention_are_refused():
+def test_models_whose_every_layer_slides_are_refused():
     config = transformers.MistralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         sliding_window=8, **TINY,
     )  # fmt: skip
     model = transformers.MistralForCausalLM(config)
     with pytest.raises(
-        freqkv.UnsupportedModelError, match="layer 0 of MistralConfig keeps a DynamicSlidingWindowLayer"
+        freqkv.UnsupportedModelError, match=r"MistralConfig has no full attention layer .DynamicSlidingWindowLayer."
     ):
         freqkv.patch(model)
 

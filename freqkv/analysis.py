@@ -1,0 +1,445 @@
+"""What a model is made of, as far as a cache is concerned: its attention layers, and how each rotates what it caches.
+
+Nothing here goes by class names. Attention modules are found by what their forward takes, layer kinds are those of
+transformers' own cache for the model, and rotation is measured: a few tokens are replayed through each attention module
+twice, at slot 0 (where RoPE turns nothing) and at other slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
+
+from freqkv.cache import Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, UnsupportedModelError
+from freqkv.config import FreqKVConfig
+from freqkv.families import FamilyRule, rule_for
+from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
+
+__all__ = ["Analysis", "AttentionLayer", "analyse"]
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+# A module that serves several cache layers is told which by one of these.
+INDEX_ARGUMENTS = ("layer_idx", "cycle_offset")
+# Far apart, so that channels that turn slowly show, and no multiple of each other.
+REPLAYED_SLOTS = (1, 3, 17, 101, 1009)
+NO_ROTATION = (
+    "has no rotary position embeddings: FreqKV moves keys between positions by RoPE, which learned, ALiBi or relative "
+    "positions do not allow"
+)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Where the embeddings of a layer come from: a child of `owner`, and its table if it has one for each layer type."""
+
+    owner: nn.Module
+    name: str
+    layer_type: str | None = None
+
+    @property
+    def source(self) -> Any:
+        return getattr(self.owner, self.name)
+
+    def version(self) -> Any:
+        """An object that is another one when tables have to be made anew, as after `model.to(...)`."""
+        source = self.source
+        if isinstance(source, Tensor):
+            return source
+        return next((b for name, b in source.named_buffers() if name.endswith("inv_freq")), source)
+
+    def table(self, slots: int, device: torch.device) -> SlotTable:
+        source = self.source
+        if isinstance(source, Tensor):
+            return sinusoid_table(source, slots, device)
+        return slot_table(source, slots, device, self.layer_type)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module whose cache is compressed.
+
+    Attributes
+    ----------
+    name : str
+        Of the module in the model.
+    module : nn.Module
+    layer_idx : int
+        Its layer in the cache; the first one if it serves several.
+    cache_argument, positions : str
+        Under which names its forward takes the cache, and what tells positions: "position_embeddings", "position_ids"
+        if it rotates by itself, or "" if it knows none.
+    reads_shared : bool
+        Whether it has no keys of its own and attends to those of an earlier layer (Gemma 3n, Gemma 4).
+    hybrid : bool
+        Whether its layer in the cache also holds a convolution or recurrent state.
+    rotary : Rotary or None
+    rotation : KeyRotation or None
+        None if it does not rotate what it caches.
+    rule : FamilyRule
+    """
+
+    name: str
+    module: nn.Module
+    layer_idx: int
+    cache_argument: str
+    positions: str
+    reads_shared: bool
+    hybrid: bool
+    rotary: Rotary | None
+    rotation: KeyRotation | None
+    rule: FamilyRule
+
+    def scale(self) -> Tensor | None:
+        """By what it multiplies keys after rotation, `(head_dim,)`."""
+        if self.rule.key_scale is None:
+            return None
+        weight: Tensor = self.module.get_submodule(self.rule.key_scale).weight  # type: ignore[assignment]
+        return weight
+
+    def __str__(self) -> str:
+        if self.reads_shared:
+            return f"{self.name}, reads the entries of an earlier layer"
+        return f"{self.name}, {'keys not rotated' if self.rotation is None else self.rotation}"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :func:`analyse` finds.
+
+    Attributes
+    ----------
+    decoder : nn.Module
+        The innermost model that hands a cache to its layers.
+    around : list of nn.Module
+        The models around it, innermost first.
+    layers : list of AttentionLayer
+        The attention modules whose cache is compressed.
+    others : dict of int to str
+        Kinds of the cache layers left to transformers, by index.
+    """
+
+    decoder: nn.Module
+    around: list[nn.Module]
+    layers: list[AttentionLayer]
+    others: dict[int, str]
+
+
+def analyse(model: PreTrainedModel) -> Analysis:
+    """Find out how the model rotates and caches its keys.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the family, the reason, and what to use instead.
+    """
+    return _Analyst(model).analysis()
+
+
+class _Analyst:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.family = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', 'unknown')!r})"
+        self.text_config = model.config.get_text_config(decoder=True)
+        self.rule = rule_for(self.text_config)
+        self._verdicts: dict[Any, KeyRotation | None] = {}
+
+    def refuse(self, reason: str, instead: str = "Use transformers' DynamicCache for it") -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.family} {reason}. {instead}")
+
+    def analysis(self) -> Analysis:
+        config = self.model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise self.refuse(
+                "is an encoder-decoder; FreqKV compresses the cache of decoder-only models",
+                "Use transformers' EncoderDecoderCache for it",
+            )
+        if self.rule.refused:
+            raise self.refuse(f"is not supported: {self.rule.why}")
+        if getattr(self.text_config, "alibi", False):
+            raise self.refuse("has ALiBi positions (alibi=True), which tie a key to the place where it entered")
+        decoder, attentions = self._find_decoder()
+        try:
+            cache = FreqKVCache(config, FreqKVConfig(window=16))
+        except UnsupportedModelError as error:
+            raise self.refuse(f"cannot be compressed: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self.refuse(
+                f"has a configuration of which transformers makes no DynamicCache ({type(error).__name__}: {error})"
+            ) from error
+
+        compressed = {index for index, layer in enumerate(cache.layers) if isinstance(layer, FreqKVLayer)}
+        layer_types = getattr(self.text_config, "layer_types", None) or []
+        full_types = {layer_types[index] for index in compressed if index < len(layer_types)}
+        if not self.rule.unrotated and not any(self._rotary(name, module, 0) for name, module in attentions.items()):
+            raise self.refuse(NO_ROTATION)
+        layers = []
+        for name, module in attentions.items():
+            own = getattr(module, "layer_idx", None)
+            index = own if isinstance(own, int) and "layer_idx" not in _parameters(module) else min(compressed)
+            reads_shared = bool(getattr(module, "is_kv_shared_layer", False))
+            if index in compressed or (reads_shared and layer_types[index] in full_types):
+                layer = self._layer(name, module, index, reads_shared, cache)
+                layers += [] if layer is None else [layer]
+        several = any(set(INDEX_ARGUMENTS) & set(_parameters(layer.module)) for layer in layers)
+        found = {layer.layer_idx for layer in layers if not layer.reads_shared}
+        if found != compressed and not (layers and several):
+            raise self.refuse(
+                f"keeps keys and values in layers {sorted(compressed)}, but has attention modules for {sorted(found)} only"
+            )
+        self._check_positions(decoder, layers)
+        others = {index: type(layer).__name__ for index, layer in enumerate(cache.layers) if index not in compressed}
+        name = next(name for name, module in self.model.named_modules() if module is decoder)
+        around = [module for module in _around(self.model, name) if _is_decoder(module)] if name else []
+        return Analysis(decoder, around, layers, others)
+
+    def _find_decoder(self) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """The innermost model around the attention modules that has a cache, and those modules by name."""
+        groups: dict[nn.Module, dict[str, nn.Module]] = {}
+        for name, module in self.model.named_modules():
+            if not _is_attention(module):
+                continue
+            decoder = next((around for around in _around(self.model, name) if _is_decoder(around)), None)
+            if decoder is not None:
+                groups.setdefault(decoder, {})[name] = module
+        if not groups:
+            raise self.refuse("has no attention layers with rotary position embeddings and a key-value cache")
+        if len(groups) == 1:
+            return next(iter(groups.items()))
+        layers = getattr(self.text_config, "num_hidden_layers", None)
+        ours = [group for group in groups.items() if getattr(group[0], "config", None) is self.text_config]
+        if len(ours) != 1:
+            names = ", ".join(type(decoder).__name__ for decoder in groups)
+            raise self.refuse(
+                f"has several stacks of attention layers with a cache ({names}), and its configuration ({layers} layers) does "
+                "not tell which of them generates",
+                "Patch the language model inside by itself",
+            )
+        return ours[0]
+
+    def _layer(
+        self, name: str, module: nn.Module, index: int, reads_shared: bool, cache: FreqKVCache
+    ) -> AttentionLayer | None:
+        parameters = _parameters(module)
+        rotary = self._rotary(name, module, index)
+        positions = next((p for p in ("position_embeddings", "position_ids") if p in parameters), "")
+        if rotary is None:
+            positions = ""
+        layer = AttentionLayer(
+            name=name,
+            module=module,
+            layer_idx=index,
+            cache_argument=next(p for p in CACHE_ARGUMENTS if p in parameters),
+            positions=positions,
+            reads_shared=reads_shared,
+            hybrid=not reads_shared and isinstance(cache.layers[index], FreqKVHybridLayer),
+            rotary=rotary,
+            rotation=None,
+            rule=self.rule,
+        )
+        if reads_shared:
+            return layer
+        try:
+            rotation = self._calibrate(layer)
+        except UnsupportedModelError:
+            raise
+        except _NoUpdate:
+            return None  # some other part of a layer that takes the cache as well
+        except _NotAsked as asked:
+            raise self.refuse(f"needs more of a cache than keys and values in {name}: {asked}") from None
+        except Exception as error:
+            raise self.refuse(
+                f"rotates what {name} caches in a way that FreqKV does not know ({type(error).__name__}: {error})"
+            ) from error
+        return AttentionLayer(**{**layer.__dict__, "rotation": rotation})
+
+    def _rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
+        """The nearest rotary module, in the attention module or in what is around it."""
+        for owner in (module, *_around(self.model, name)):
+            if isinstance(getattr(owner, "embed_positions", None), Tensor) and "position_ids" in _parameters(module):
+                return Rotary(owner, "embed_positions")
+            for child_name, child in owner.named_children():
+                if _is_rotary(child):
+                    types = getattr(self.text_config, "layer_types", None)
+                    if "layer_type" not in inspect.signature(child.forward).parameters or not types:
+                        return Rotary(owner, child_name)
+                    tables = [name.removesuffix("inv_freq") for name, _ in child.named_buffers()]
+                    # Layers of a type without a table of its own do not rotate.
+                    return Rotary(owner, child_name, types[index]) if f"{types[index]}_" in tables else None
+        return None
+
+    def _check_positions(self, decoder: nn.Module, layers: list[AttentionLayer]) -> None:
+        if any(layer.rotation is not None for layer in layers) or self.rule.unrotated:
+            return
+        # Where full attention layers know no positions, layers of another kind that have RoPE do (Cohere 2, EXAONE 4).
+        if not any(_is_rotary(module) for module in decoder.modules()):
+            raise self.refuse(NO_ROTATION)
+
+    @torch.no_grad()
+    def _calibrate(self, layer: AttentionLayer) -> KeyRotation | None:
+        module = layer.module
+        if any(p.is_meta for p in module.parameters()) and not any(_hooks(self.model, layer.name)):
+            # No weights to look at, as in `supported(config)`: how keys are rotated does not depend on them.
+            key = type(module), layer.rotary and layer.rotary.layer_type, _traits(module)
+            if key not in self._verdicts:
+                module = _with_random_weights(module)
+                self._verdicts[key] = self._measure(layer, module, torch.float32)
+            return self._verdicts[key]
+        with _weights_present(self.model, layer.name):
+            return self._measure(layer, module, self.model.dtype)
+
+    def _measure(self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype) -> KeyRotation | None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
+        slots = torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
+        table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
+        width = getattr(module, "attention_hidden_size", None) or self.text_config.hidden_size
+        hidden = torch.randn(1, len(slots), width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        raw, rotated = (_replay(module, layer, hidden, table, rows, dtype) for rows in (torch.zeros_like(slots), slots))
+        scale = None
+        if layer.rule.key_scale is not None:
+            scale = module.get_submodule(layer.rule.key_scale).weight
+            if bool((scale == 0).any()):  # type: ignore[union-attr]
+                raise ValueError(f"{layer.rule.key_scale} multiplies some channels of the keys by 0")
+        return find_rotation(raw, rotated, table, slots, scale)  # type: ignore[arg-type]
+
+
+def _replay(
+    module: nn.Module, layer: AttentionLayer, hidden: Tensor, table: SlotTable | None, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the module hands to `update` for tokens at the slots `rows`."""
+    call: dict[str, Any] = {
+        name: None
+        for name, parameter in inspect.signature(_forward(module)).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    call |= {name: layer.layer_idx for name in ("layer_idx",) if name in _parameters(module)}
+    call |= {"shared_kv_states": {}} if "shared_kv_states" in call else {}
+    call["hidden_states"] = hidden
+    call[layer.cache_argument] = _Recorder()
+    if table is not None and table.native is not None:
+        call["position_embeddings"] = table.embeddings(rows, dtype)
+    if "position_ids" in _parameters(module):
+        call["position_ids"] = rows[None]
+    devices = [hidden.device] if hidden.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
+            _forward(module)(**call)
+    except _Recorded as recorded:
+        return recorded.tensors
+    raise _NoUpdate
+
+
+class _Recorded(Exception):  # noqa: N818 - the wanted outcome, not an error
+    """Ends a replay as soon as the module hands over what it caches."""
+
+    def __init__(self, tensors: tuple[Tensor, Tensor]) -> None:
+        self.tensors = tensors
+
+
+class _NoUpdate(Exception):  # noqa: N818
+    """The module did not hand over anything."""
+
+
+class _NotAsked(Exception):  # noqa: N818
+    """The module asks its cache for what FreqKV has not."""
+
+
+class _Recorder(Cache):
+    """An empty cache that keeps what a module wants to store."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=Everywhere([LinearAttentionAndFullAttentionLayer(number_of_states=8)]))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
+        raise _Recorded((key_states, value_states))
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
+        raise _NotAsked(
+            "an indexer picks single tokens out of the cache (sparse attention), which no longer exist once they are compressed"
+        )
+
+
+def _forward(module: nn.Module) -> Any:
+    """The module's own forward, behind what accelerate put before it."""
+    return module._old_forward if hasattr(module, "_hf_hook") else module.forward
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    parameters = _parameters(module)
+    return (
+        "hidden_states" in parameters
+        and "attention_mask" in parameters
+        and any(name in parameters for name in CACHE_ARGUMENTS)
+        and (isinstance(getattr(module, "layer_idx", None), int) or "layer_idx" in parameters)
+        and not any(_is_attention(child) for child in module.modules() if child is not module)
+    )
+
+
+def _is_decoder(module: nn.Module) -> bool:
+    parameters = _parameters(module)
+    return "input_ids" in parameters and any(name in parameters for name in CACHE_ARGUMENTS)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return (
+        any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+        and "position_ids" in inspect.signature(module.forward).parameters
+    )
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around the one called `name`, innermost first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
+
+
+def _hooks(model: nn.Module, name: str) -> list[tuple[nn.Module, Any]]:
+    """Accelerate's hooks on the way to a module, outermost first, the module's own included."""
+    path = [model.get_submodule(name), *_around(model, name)]
+    return [(module, module._hf_hook) for module in reversed(path) if hasattr(module, "_hf_hook")]
+
+
+@contextmanager
+def _weights_present(model: nn.Module, name: str) -> Iterator[None]:
+    """Run accelerate's hooks around a module, which bring offloaded weights and take them away again."""
+    with ExitStack() as stack:
+        for module, hook in _hooks(model, name):
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, torch.empty(0))
+        yield
+
+
+def _traits(module: nn.Module) -> Any:
+    """What besides its weights tells one attention module from another."""
+    plain = (bool, int, float, str, type(None))
+    own = {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "layer_idx"}
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return tuple(sorted(own.items(), key=lambda item: item[0])), shapes
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    config = getattr(module, "config", None)
+    module = copy.deepcopy(module, {id(config): config}).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        offset = 0.0 if parameter.ndim > 1 else 1.0
+        parameter.data = offset + spread * torch.randn(parameter.shape, generator=generator)
+    return module
