@@ -170,7 +170,7 @@ class _Analyst:
         try:
             cache = FreqKVCache(config, FreqKVConfig(window=16))
         except UnsupportedModelError as error:
-            raise self.refuse(f"cannot be compressed: {error}") from None
+            raise UnsupportedModelError(f"{self.family} cannot be compressed: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise self.refuse(
                 f"has a configuration of which transformers makes no DynamicCache ({type(error).__name__}: {error})"
@@ -179,7 +179,7 @@ class _Analyst:
         compressed = {index for index, layer in enumerate(cache.layers) if isinstance(layer, FreqKVLayer)}
         layer_types = getattr(self.text_config, "layer_types", None) or []
         full_types = {layer_types[index] for index in compressed if index < len(layer_types)}
-        if not self.rule.unrotated and not any(self._rotary(name, module, 0) for name, module in attentions.items()):
+        if not self.rule.unrotated and not any(_is_rotary(m) or _has_sinusoids(m) for m in decoder.modules()):
             raise self.refuse(NO_ROTATION)
         layers = []
         for name, module in attentions.items():
@@ -264,7 +264,7 @@ class _Analyst:
     def _rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
         """The nearest rotary module, in the attention module or in what is around it."""
         for owner in (module, *_around(self.model, name)):
-            if isinstance(getattr(owner, "embed_positions", None), Tensor) and "position_ids" in _parameters(module):
+            if _has_sinusoids(owner) and "position_ids" in _parameters(module):
                 return Rotary(owner, "embed_positions")
             for child_name, child in owner.named_children():
                 if _is_rotary(child):
@@ -401,6 +401,10 @@ def _is_rotary(module: nn.Module) -> bool:
         any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
         and "position_ids" in inspect.signature(module.forward).parameters
     )
+
+
+def _has_sinusoids(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "embed_positions", None), Tensor)
 
 
 def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:

@@ -32,7 +32,7 @@ __all__ = ["Patch", "patch", "unpatch"]
 # decoder builds none, and it also reaches layers that gradient checkpointing runs again.
 CACHED, UNCACHED = (1, 1, 1, 0), (1, 1, 2, 0)
 # Under which names in `shared_kv_states` the entries of each segment are kept.
-SEGMENTS = "freqkv segments of "
+SEGMENTS = "freqkv segments"
 # What a model may be called with beside images, sounds and the like.
 TEXT_ARGUMENTS = (
     "input_ids",
@@ -195,8 +195,11 @@ class _Shared:
             known = self._tables[key] = version, layer.rotary.table(window, device)
         return known[1]
 
-    def mask(self, config: Any, hidden_states: Tensor, held: int) -> Any:
-        """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it."""
+    def mask(self, config: Any, hidden_states: Tensor, held: int, always: bool = False) -> Any:
+        """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it.
+
+        It may be None where the implementation needs to be told no more than "causal", unless `always` asks for one.
+        """
         tokens, dtype, device = hidden_states.shape[1], hidden_states.dtype, hidden_states.device
         key = config._attn_implementation, tokens, held, dtype, device
         masks = self._masks
@@ -210,7 +213,12 @@ class _Shared:
             # All layers of a call and all steps of a long prompt ask for the same few shapes; more need not be kept.
             with torch.inference_mode(False):
                 mask = create_causal_mask(
-                    config, torch.empty((1, tokens, 0), dtype=dtype, device=device), None, _Behind(held)
+                    config,
+                    torch.empty((1, tokens, 0), dtype=dtype, device=device),
+                    None,
+                    _Behind(held),
+                    # Own functions are taken to ask for more than a causal mask, so that none is skipped.
+                    and_mask_function=_everything if always else None,
                 )
             self._masks = masks = {**(masks if len(masks) < 4 else {}), key: mask}
         return masks[key]
@@ -231,6 +239,10 @@ class _Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}, "_masks": {}}  # made anew where the copy lives
+
+
+def _everything(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx.new_ones((), dtype=torch.bool)
 
 
 class _Behind:
@@ -343,7 +355,7 @@ class _AttentionForward(_Wrapper):
         elif self.layer.positions == "position_ids":
             placed["position_ids"] = torch.arange(first, segment.entries, device=call["hidden_states"].device)[None]
         config = getattr(self.layer.module, "config", self.shared.model_config)
-        mask = self.shared.mask(config, call["hidden_states"], first)
+        mask = self.shared.mask(config, call["hidden_states"], first, self.layer.rule.always_masks)
         key = self.layer.rule.mask_key
         placed["attention_mask"] = mask if key is None else {**(call["attention_mask"] or {}), key: mask}
         return placed
@@ -368,39 +380,43 @@ class _SharedEntries:
     and what it holds may be moved between devices: so the segments are kept in it, as tensors.
     """
 
-    def __init__(self, mapping: MutableMapping[str, tuple[Tensor, ...]] | None) -> None:
+    def __init__(self, mapping: MutableMapping[Any, tuple[Tensor, ...]] | None) -> None:
         self.mapping = mapping
         self.before = dict(mapping) if mapping is not None else {}
-        self.kept: dict[str, list[Tensor]] = {}
+        self.kept: dict[Any, list[Tensor]] = {}
 
     def keep(self, total: int, last: bool) -> None:
         """After a segment of the layer that makes them."""
         if self.mapping is None:
             return
         for name, entries in list(self.mapping.items()):
-            if not name.startswith(SEGMENTS) and entries is not self.before.get(name):
+            if not _is_segments(name) and entries is not self.before.get(name):
                 kept = self.kept.setdefault(name, [entries[0].new_empty(total, 0)])
                 # The next segment may fold these in place.
                 kept += [entry if last or entry.requires_grad else entry.clone() for entry in entries]
                 self.before[name] = entries
                 if last:
-                    self.mapping[SEGMENTS + name] = tuple(kept)
+                    self.mapping[SEGMENTS, name] = tuple(kept)
 
     def show(self, number: int) -> None:
         """Before a segment of a layer that reads them."""
         assert self.mapping is not None
         for name, kept in list(self.mapping.items()):
-            if name.startswith(SEGMENTS):
-                self.mapping[name.removeprefix(SEGMENTS)] = kept[1 + 2 * number], kept[2 + 2 * number]
+            if _is_segments(name):
+                self.mapping[name[1]] = kept[1 + 2 * number], kept[2 + 2 * number]
 
     @property
     def tokens(self) -> int:
         """How many tokens made them."""
         assert self.mapping is not None
         for name, kept in self.mapping.items():
-            if name.startswith(SEGMENTS):
+            if _is_segments(name):
                 return kept[0].shape[0]
         raise AssertionError
+
+
+def _is_segments(name: Any) -> bool:
+    return isinstance(name, tuple) and name[0] == SEGMENTS
 
 
 class _ModelForward(_Wrapper):
@@ -424,11 +440,7 @@ class _ModelForward(_Wrapper):
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is not None:
             self._check_inputs(kwargs, inputs, cache)
-        extra = {
-            n
-            for n, value in kwargs.items()
-            if isinstance(value, Tensor) and n not in TEXT_ARGUMENTS and bool(value.any())
-        }
+        extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
         token = _OUTER_INPUTS.set(extra)
         try:
             if not isinstance(cache, FreqKVCache) or inputs is None:
@@ -520,10 +532,11 @@ class _DecoderForward(_ModelForward):
             if cache is not None:
                 self._check_cache(cache)
             self._check_inputs(kwargs, inputs, cache)
-        elif outer and isinstance(kwargs.get("attention_mask"), dict):
+        elif (outer and not _is_plain(kwargs.get("attention_mask"))) or _sees_ahead(kwargs):
             raise ValueError(
-                f"the model made attention masks of its own from {', '.join(sorted(outer))} (tokens of an image attend to each "
-                "other), and FreqKV knows causal masks only. Use text, or transformers' DynamicCache"
+                f"the model makes attention masks of its own from {', '.join(sorted(outer or ['token_type_ids']))}, in which "
+                "tokens of a block attend to each other, and FreqKV knows causal masks only. Use text, or transformers' "
+                "DynamicCache"
             )
         tokens: int = inputs.shape[1]
         seen = 0 if cache is None else cache.tokens_seen
@@ -540,6 +553,22 @@ class _DecoderForward(_ModelForward):
                     "output_attentions out"
                 )
         return tokens
+
+
+def _is_not_text(name: str, value: Any) -> bool:
+    if not isinstance(value, Tensor) or name in TEXT_ARGUMENTS:
+        return False
+    return bool(value.any()) if name.endswith("token_type_ids") else True  # where 0 stands for text
+
+
+def _is_plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+
+
+def _sees_ahead(kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder is asked to let tokens of a block see each other (PrefixLM)."""
+    types = kwargs.get("token_type_ids")
+    return types is not None and bool(types.any())
 
 
 def _check_mask(mask: Any, batch: int, seen: int, tokens: int) -> None:

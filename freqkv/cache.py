@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -320,6 +321,9 @@ class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):
 class Everywhere(list[Any]):
     """Layers of a cache that has the same one at whatever index a module names."""
 
+    def __len__(self) -> int:
+        return sys.maxsize
+
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(0)
 
@@ -558,14 +562,20 @@ class FreqKVCache(SegmentedCache):
         Within a forward, compressed layers make their own masks segment by segment: the decoder, which builds one for the
         whole input before it runs its layers, is told of one column.
         """
-        # The first layer that has a length answers for those that have none, as in transformers.
-        if self.forward_start is not None and isinstance(self._with_length(layer_idx), FreqKVLayer):
+        if self._masks_itself(layer_idx):
             return 1, 0
         return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[no-any-return]
 
-    def _with_length(self, layer_idx: int) -> Any:
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where masks count the next token from: how many it has seen, and see :meth:`get_mask_sizes`."""
+        return 0 if self._masks_itself(layer_idx) else super().get_query_offset(layer_idx)  # type: ignore[no-any-return]
+
+    def _masks_itself(self, layer_idx: int) -> bool:
+        if self.forward_start is None:
+            return False
+        # The first layer that has a length answers for those that have none, as in transformers.
         has_length = (layer for layer in self.layers[layer_idx:] if isinstance(layer, CacheLayerMixin))
-        return next(has_length, None)
+        return isinstance(next(has_length, None), FreqKVLayer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens in all layers, or raise and leave all as they were.

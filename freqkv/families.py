@@ -31,6 +31,8 @@ class FamilyRule:
         `module:class` that the model requires its cache to be an instance of.
     cache_state : str or None
         The list by layer in which that class keeps its own state, first dimension batch.
+    always_masks : bool
+        Whether its attention needs a mask also where others are content with "causal".
     mask_key : str or None
         The entry for cached attention where the attention module takes several masks in a dict.
     """
@@ -41,6 +43,7 @@ class FamilyRule:
     key_scale: str | None = None
     cache_class: str | None = None
     cache_state: str | None = None
+    always_masks: bool = False
     mask_key: str | None = None
 
     def load_cache_class(self) -> type | None:
@@ -62,6 +65,7 @@ FAMILY_RULES: dict[str, FamilyRule] = {
         "its layers keep compressed blocks of their own beside a sliding window, and rotate attention outputs back",
         refused=True,
     ),
+    "doge": FamilyRule("hides some entries of its own choice in the mask", always_masks=True),
     "granitemoehybrid": _JAMBA,
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": _HUNYUAN,

@@ -57,7 +57,7 @@ class SlotTable:
     Attributes
     ----------
     native : Tensor or tuple of Tensor
-        As the module returns it and attention layers take it: `(cos, sin)` of `(1, n, width)` float32, or one complex
+        As the module returns it and attention layers take it: `(cos, sin)` of `(..., n, width)` float32, or one complex
         tensor. Attention scaling (yarn, longrope) is part of it.
     cos, sin : Tensor
         One column a pair of channels, `(n, pairs)` float32, of the same scale.
@@ -100,6 +100,8 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
             pristine.max_seq_len_cached = pristine.original_max_seq_len
         origin = next((b.device for b in rotary.buffers() if b.device.type != "meta"), device)
         positions = torch.arange(slots, device=origin)[None]
+        if hasattr(rotary, "mrope_section"):  # text stands at the same position on all three axes
+            positions = positions.expand(3, 1, slots)
         hidden = torch.zeros(1, 1, dtype=torch.float32, device=origin)
         native = rotary(hidden, positions) if layer_type is None else rotary(hidden, positions, layer_type)
         if isinstance(native, Tensor):
@@ -108,9 +110,10 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
                 raise ValueError(
                     f"{type(rotary).__name__} returns one real tensor, neither (cos, sin) nor a complex one"
                 )
-            return SlotTable(native, native[0].real.float().contiguous(), native[0].imag.float().contiguous())
+            rows = native.flatten(0, -3)[0]
+            return SlotTable(native, rows.real.float().contiguous(), rows.imag.float().contiguous())
         cos, sin = (t.to(device) for t in native)
-        return SlotTable((cos, sin), *_one_column_a_pair(cos[0].float(), sin[0].float()))
+        return SlotTable((cos, sin), *_one_column_a_pair(*(t.flatten(0, -3)[0].float() for t in (cos, sin))))
 
 
 def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTable:
