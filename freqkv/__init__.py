@@ -1,5 +1,6 @@
 """FreqKV: a KV cache that lets RoPE language models in Transformers run forever inside their own context window."""
 
+from freqkv.analysis import Support, supported
 from freqkv.attention import Patch, patch, unpatch
 from freqkv.cache import FreqKVCache, UnsupportedModelError
 from freqkv.compressors import Compressor, keep_recent, low_pass_entries, mean_pool
@@ -17,6 +18,7 @@ __all__ = [
     "Patch",
     "Schedule",
     "Segment",
+    "Support",
     "UnsupportedModelError",
     "dct",
     "idct",
@@ -25,5 +27,6 @@ __all__ = [
     "low_pass_entries",
     "mean_pool",
     "patch",
+    "supported",
     "unpatch",
 ]

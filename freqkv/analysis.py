@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from freqkv.cache import Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, UnsupportedModelError
@@ -24,7 +25,7 @@ from freqkv.config import FreqKVConfig
 from freqkv.families import FamilyRule, rule_for
 from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
 
-__all__ = ["Analysis", "AttentionLayer", "analyse"]
+__all__ = ["Analysis", "AttentionLayer", "Support", "analyse", "supported"]
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 # A module that serves several cache layers is told which by one of these.
@@ -286,18 +287,21 @@ class _Analyst:
     @torch.no_grad()
     def _calibrate(self, layer: AttentionLayer) -> KeyRotation | None:
         module = layer.module
-        if any(p.is_meta for p in module.parameters()) and not any(_hooks(self.model, layer.name)):
+        if any(p.is_meta for p in module.parameters()) and _execution_device(self.model, layer.name) is None:
             # No weights to look at, as in `supported(config)`: how keys are rotated does not depend on them.
             key = type(module), layer.rotary and layer.rotary.layer_type, _traits(module)
             if key not in self._verdicts:
-                module = _with_random_weights(module)
-                self._verdicts[key] = self._measure(layer, module, torch.float32)
+                self._verdicts[key] = self._measure(
+                    layer, _with_random_weights(module), torch.float32, torch.device("cpu")
+                )
             return self._verdicts[key]
         with _weights_present(self.model, layer.name):
-            return self._measure(layer, module, self.model.dtype)
+            device = _execution_device(self.model, layer.name) or next(module.parameters()).device
+            return self._measure(layer, module, self.model.dtype, device)
 
-    def _measure(self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype) -> KeyRotation | None:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    def _measure(
+        self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> KeyRotation | None:
         context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
         slots = torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
         table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
@@ -420,6 +424,14 @@ def _hooks(model: nn.Module, name: str) -> list[tuple[nn.Module, Any]]:
     return [(module, module._hf_hook) for module in reversed(path) if hasattr(module, "_hf_hook")]
 
 
+def _execution_device(model: nn.Module, name: str) -> torch.device | None:
+    """Where accelerate runs a module whose weights are elsewhere; None if it has no say in it."""
+    hooks = [hook for _, hook in _hooks(model, name)]
+    hooks += [inner._hf_hook for inner in model.get_submodule(name).modules() if hasattr(inner, "_hf_hook")]
+    device = next((d for d in (getattr(hook, "execution_device", None) for hook in hooks) if d is not None), None)
+    return None if device is None else torch.device(device)
+
+
 @contextmanager
 def _weights_present(model: nn.Module, name: str) -> Iterator[None]:
     """Run accelerate's hooks around a module, which bring offloaded weights and take them away again."""
@@ -439,11 +451,95 @@ def _traits(module: nn.Module) -> Any:
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
+    """A copy in float32; what is no parameter, such as a rotary table, stays as it is."""
     config = getattr(module, "config", None)
-    module = copy.deepcopy(module, {id(config): config}).to_empty(device="cpu").float()
+    module = copy.deepcopy(module, {id(config): config})
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-        offset = 0.0 if parameter.ndim > 1 else 1.0
-        parameter.data = offset + spread * torch.randn(parameter.shape, generator=generator)
+    for inner in module.modules():
+        for name, parameter in list(inner.named_parameters(recurse=False)):
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            offset = 0.0 if parameter.ndim > 1 else 1.0
+            weight = offset + spread * torch.randn(parameter.shape, generator=generator)
+            setattr(inner, name, nn.Parameter(weight, requires_grad=False))
     return module
+
+
+@dataclass(frozen=True)
+class Support:
+    """Answer of :func:`supported`; true if FreqKV serves the model.
+
+    Attributes
+    ----------
+    reason : str
+        Why not, and what to use instead; empty if it does.
+    analysis : Analysis or None
+        What the model is made of, if it does.
+    """
+
+    reason: str
+    analysis: Analysis | None = None
+
+    def __bool__(self) -> bool:
+        return self.analysis is not None
+
+    def __str__(self) -> str:
+        if self.analysis is None:
+            return f"no: {self.reason}"
+        left = f", {len(self.analysis.others)} left to transformers" if self.analysis.others else ""
+        return f"yes: {len(self.analysis.layers)} attention modules compressed{left}"
+
+
+def supported(model_or_config: PreTrainedModel | PreTrainedConfig) -> Support:
+    """Tell whether FreqKV serves a model, without patching it.
+
+    Parameters
+    ----------
+    model_or_config : PreTrainedModel or PreTrainedConfig
+        A configuration alone is enough: the model is then built without weights, and its attention modules are tried one
+        by one with random ones.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(model_or_config, PreTrainedConfig):
+        try:
+            model = _without_weights(model_or_config)
+        except (ValueError, ImportError) as error:
+            return Support(
+                f"{type(model_or_config).__name__}: transformers cannot build its causal language model ({error})"
+            )
+    elif isinstance(model_or_config, PreTrainedModel):
+        model = model_or_config
+    else:
+        raise TypeError(f"pass a transformers model or its config, not a {type(model_or_config).__name__}")
+    try:
+        return Support("", analyse(model))
+    except UnsupportedModelError as error:
+        return Support(str(error))
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    config = copy.deepcopy(config)  # building a model writes into its configuration
+    auto = AutoModelForCausalLM
+    if type(config) not in auto._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+        auto = AutoModelForImageTextToText
+    with torch.random.fork_rng(devices=[]), _LargeOnMeta():
+        model: PreTrainedModel = auto.from_config(config)
+    return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Tensors of weights' size take no memory; what rotary modules compute is smaller, and stays real."""
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FACTORIES and kwargs.get("device") is None:
+            with torch.device("meta"):
+                shaped: Tensor = func(*args, **kwargs)
+            if shaped.numel() >= 2**16:
+                return shaped
+        return func(*args, **kwargs)

@@ -93,15 +93,20 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
     # Calling it may change buffers (dynamic RoPE types): a copy leaves the model as it was. Tables outlive the call, and
     # inference tensors could not enter a graph later.
     with torch.inference_mode(False), torch.no_grad():
+        if any(
+            b.is_meta for b in rotary.buffers()
+        ):  # a model without weights: the table follows from its configuration
+            rotary = type(rotary)(rotary.config)
         rotary = copy.deepcopy(rotary)
         if hasattr(rotary, "original_inv_freq"):  # undo what longer inputs made of the frequencies
             pristine: Any = rotary
             pristine.inv_freq = pristine.original_inv_freq.clone()
             pristine.max_seq_len_cached = pristine.original_max_seq_len
-        origin = next((b.device for b in rotary.buffers() if b.device.type != "meta"), device)
+        origin = next((b.device for b in rotary.buffers()), device)
         positions = torch.arange(slots, device=origin)[None]
         if hasattr(rotary, "mrope_section"):  # text stands at the same position on all three axes
             positions = positions.expand(3, 1, slots)
+        device = origin if device.type == "meta" else device
         hidden = torch.zeros(1, 1, dtype=torch.float32, device=origin)
         native = rotary(hidden, positions) if layer_type is None else rotary(hidden, positions, layer_type)
         if isinstance(native, Tensor):
