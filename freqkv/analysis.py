@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,8 @@ class AttentionLayer:
     rotary : Rotary or None
     rotation : KeyRotation or None
         None if it does not rotate what it caches.
+    keeps_state : bool
+        Whether the module carries a state of its own from token to token in the cache (ZAYA).
     rule : FamilyRule
     """
 
@@ -97,6 +99,7 @@ class AttentionLayer:
     hybrid: bool
     rotary: Rotary | None
     rotation: KeyRotation | None
+    keeps_state: bool
     rule: FamilyRule
 
     def scale(self) -> Tensor | None:
@@ -151,7 +154,7 @@ class _Analyst:
         self.family = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', 'unknown')!r})"
         self.text_config = model.config.get_text_config(decoder=True)
         self.rule = rule_for(self.text_config)
-        self._verdicts: dict[Any, KeyRotation | None] = {}
+        self._verdicts: dict[Any, tuple[KeyRotation | None, bool]] = {}
 
     def refuse(self, reason: str, instead: str = "Use transformers' DynamicCache for it") -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.family} {reason}. {instead}")
@@ -244,12 +247,13 @@ class _Analyst:
             hybrid=not reads_shared and isinstance(cache.layers[index], FreqKVHybridLayer),
             rotary=rotary,
             rotation=None,
+            keeps_state=False,
             rule=self.rule,
         )
         if reads_shared:
             return layer
         try:
-            rotation = self._calibrate(layer)
+            rotation, keeps_state = self._calibrate(layer)
         except UnsupportedModelError:
             raise
         except _NoUpdate:
@@ -260,7 +264,7 @@ class _Analyst:
             raise self.refuse(
                 f"rotates what {name} caches in a way that FreqKV does not know ({type(error).__name__}: {error})"
             ) from error
-        return AttentionLayer(**{**layer.__dict__, "rotation": rotation})
+        return replace(layer, rotation=rotation, keeps_state=keeps_state)
 
     def _rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
         """The nearest rotary module, in the attention module or in what is around it."""
@@ -285,7 +289,8 @@ class _Analyst:
             raise self.refuse(NO_ROTATION)
 
     @torch.no_grad()
-    def _calibrate(self, layer: AttentionLayer) -> KeyRotation | None:
+    def _calibrate(self, layer: AttentionLayer) -> tuple[KeyRotation | None, bool]:
+        """How it rotates, and whether it keeps a state of its own."""
         module = layer.module
         if any(p.is_meta for p in module.parameters()) and _execution_device(self.model, layer.name) is None:
             # No weights to look at, as in `supported(config)`: how keys are rotated does not depend on them.
@@ -301,23 +306,34 @@ class _Analyst:
 
     def _measure(
         self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype, device: torch.device
-    ) -> KeyRotation | None:
+    ) -> tuple[KeyRotation | None, bool]:
         context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
         slots = torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
         table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
         width = getattr(module, "attention_hidden_size", None) or self.text_config.hidden_size
         hidden = torch.randn(1, len(slots), width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        raw, rotated = (_replay(module, layer, hidden, table, rows, dtype) for rows in (torch.zeros_like(slots), slots))
+        recorders = _Recorder(), _Recorder()
+        raw, rotated = (
+            _replay(module, layer, recorder, hidden, table, rows, dtype)
+            for recorder, rows in zip(recorders, (torch.zeros_like(slots), slots), strict=True)
+        )
         scale = None
         if layer.rule.key_scale is not None:
             scale = module.get_submodule(layer.rule.key_scale).weight
             if bool((scale == 0).any()):  # type: ignore[union-attr]
                 raise ValueError(f"{layer.rule.key_scale} multiplies some channels of the keys by 0")
-        return find_rotation(raw, rotated, table, slots, scale)  # type: ignore[arg-type]
+        rotation = find_rotation(raw, rotated, table, slots, scale)  # type: ignore[arg-type]
+        return rotation, recorders[0].has_state
 
 
 def _replay(
-    module: nn.Module, layer: AttentionLayer, hidden: Tensor, table: SlotTable | None, rows: Tensor, dtype: torch.dtype
+    module: nn.Module,
+    layer: AttentionLayer,
+    recorder: _Recorder,
+    hidden: Tensor,
+    table: SlotTable | None,
+    rows: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What the module hands to `update` for tokens at the slots `rows`."""
     call: dict[str, Any] = {
@@ -328,7 +344,7 @@ def _replay(
     call |= {name: layer.layer_idx for name in ("layer_idx",) if name in _parameters(module)}
     call |= {"shared_kv_states": {}} if "shared_kv_states" in call else {}
     call["hidden_states"] = hidden
-    call[layer.cache_argument] = _Recorder()
+    call[layer.cache_argument] = recorder
     if table is not None and table.native is not None:
         call["position_embeddings"] = table.embeddings(rows, dtype)
     if "position_ids" in _parameters(module):
@@ -365,6 +381,10 @@ class _Recorder(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+    @property
+    def has_state(self) -> bool:
+        return any(self.layers[0].is_conv_states_initialized.values())
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
         raise _Recorded((key_states, value_states))

@@ -11,18 +11,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, flash_attention_mask
 
 from freqkv.analysis import Analysis, AttentionLayer, analyse
-from freqkv.cache import Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, SegmentedCache
+from freqkv.cache import Entering, Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, SegmentedCache
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
+from freqkv.ragged import RaggedCall, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Segment
 
@@ -43,8 +45,6 @@ TEXT_ARGUMENTS = (
     "logits_to_keep",
     "cache_position",
 )
-# While a model around the decoder runs: what else it was called with.
-_OUTER_INPUTS: ContextVar[set[str] | None] = ContextVar("freqkv_outer_inputs", default=None)
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -204,12 +204,7 @@ class _Shared:
         key = config._attn_implementation, tokens, held, dtype, device
         masks = self._masks
         if key not in masks:
-            if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-                raise ValueError(
-                    f"attn_implementation={config._attn_implementation!r} has no mask function, so that FreqKV cannot tell it "
-                    "what a segment may see: register one with transformers.AttentionMaskInterface.register, or use "
-                    "eager, sdpa, flex_attention or flash_attention_2"
-                )
+            self._check_mask_function(config)
             # All layers of a call and all steps of a long prompt ask for the same few shapes; more need not be kept.
             with torch.inference_mode(False):
                 mask = create_causal_mask(
@@ -222,6 +217,39 @@ class _Shared:
                 )
             self._masks = masks = {**(masks if len(masks) < 4 else {}), key: mask}
         return masks[key]
+
+    def _check_mask_function(self, config: Any) -> None:
+        if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} has no mask function, so that FreqKV cannot tell it "
+                "what a segment may see: register one with transformers.AttentionMaskInterface.register, or use "
+                "eager, sdpa, flex_attention or flash_attention_2"
+            )
+
+    def ragged_mask(self, config: Any, hidden_states: Tensor, part: RaggedRound, aligned: bool) -> Any:
+        """The same for a round of ragged rows, each of which sees its own entries."""
+        dtype, device = hidden_states.dtype, hidden_states.device
+        self._check_mask_function(config)
+
+        def make() -> Any:
+            entries = torch.tensor(part.cut.entries, device=device)
+            inputs = torch.empty((len(part.cut.rows), part.width, 0), dtype=dtype, device=device)
+            behind = _Behind(part.entries - part.width)
+            if part.width == 1 or aligned:
+                slots = torch.arange(part.entries, device=device)
+                held = slots >= part.entries - entries[:, None] if aligned else slots < entries[:, None]
+                return create_causal_mask(config, inputs, held, behind)
+            # Queries are right-aligned, entries are not. Where there is no token, something must be seen all the same.
+            queries = torch.arange(behind.held, part.entries, device=device)[:, None]
+            slots = torch.arange(part.entries, device=device)
+            seen = (slots <= queries + (entries - part.entries)[:, None, None]) | (slots == 0)  # rows, queries, entries
+
+            def own(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                return seen[batch_idx, q_idx - behind.held, kv_idx]
+
+            return create_causal_mask(config, inputs, None, behind, and_mask_function=own)
+
+        return part.made(("mask", config._attn_implementation, dtype, device, aligned), make)
 
     def new_cache(self) -> FreqKVCache:
         """A cache of the numbers for calls that bring none."""
@@ -299,7 +327,7 @@ class _AttentionForward(_Wrapper):
         return self.original(**kwargs)
 
     def _in_segments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> Any:
-        """Run the module over its tokens in segments that fit the free entries."""
+        """Run the module over its tokens in segments, or rounds of ragged rows, that fit the free entries."""
         hidden_states: Tensor = kwargs["hidden_states"]
         tokens = hidden_states.shape[1]
         shared_kv = _SharedEntries(kwargs.get("shared_kv_states"))
@@ -308,57 +336,104 @@ class _AttentionForward(_Wrapper):
             schedule = holder.layer.schedule
             kwargs[self.layer.cache_argument] = holder
         else:
-            assert cache.forward_start is not None
-            seen, holder = cache.forward_start, cache
+            seen, holder = cache.start, cache
             schedule = cache.schedule
         # A layer that reads the entries of another one may get the last tokens of the call only.
         total = tokens if not self.layer.reads_shared else shared_kv.tokens if cache is None else cache.forward_tokens
-        segments = schedule.segments(seen, total)
+        ragged = None if cache is None else cache.ragged
+        if ragged is not None and self.layer.keeps_state:
+            raise ValueError(
+                f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
+                "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
+            )
         rotation = self._rotation(schedule.window, hidden_states.device)
+        parts: list[Segment | RaggedRound] = [
+            *(ragged.rounds if ragged is not None else schedule.segments(seen, total))
+        ]
         outputs = []
-        for number, segment in enumerate(segments):
-            start, stop = max(segment.start - (total - tokens), 0), segment.stop - (total - tokens)
-            if stop <= 0:
-                continue
-            call = kwargs if stop - start == tokens else _sliced(kwargs, start, stop, tokens)
-            call = {**call, **self._placed(call, segment, rotation, stop - start)}
+        for number, part in enumerate(parts):
+            if isinstance(part, Segment):
+                start, stop = max(part.start - (total - tokens), 0), part.stop - (total - tokens)
+                if stop <= 0:
+                    continue
+                call = kwargs if stop - start == tokens else _sliced(kwargs, start, stop, tokens)
+                call = {**call, **self._placed(call, part, rotation, stop - start)}
+            else:
+                packing = part.packing(tokens, hidden_states.device)
+                call = _per_token(kwargs, tokens, packing.pack)
+                call = {**call, **self._placed_ragged(call, part, rotation)}
             if self.layer.reads_shared:
                 shared_kv.show(number)
             else:
-                holder.announce(segment, rotation)
+                holder.announce(Entering(part, rotation, aligned=self._aligns(part)))
             try:
                 output = self.original(**call)
             finally:
                 holder.withdraw()
-            if not self.layer.reads_shared and len(segments) > 1:
-                shared_kv.keep(total, last=number == len(segments) - 1)
+            if not self.layer.reads_shared and len(parts) > 1:
+                shared_kv.keep(total, last=number == len(parts) - 1)
             outputs.append(output)
+        if ragged is not None:
+            return self._unpacked(outputs, ragged, hidden_states)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
             return torch.cat(outputs, dim=1)
-        # Attention weights of different segments are over different entries: they do not add up to one matrix. What else a
-        # module returns beside them (GPT-NeoX-Japanese: a bias) is the same for all.
-        rest = zip(*(output[1:] for output in outputs), strict=True)
-        same = (first if all(other is first for other in others) else None for first, *others in rest)
-        return torch.cat([output[0] for output in outputs], dim=1), *same
+        return torch.cat([output[0] for output in outputs], dim=1), *_besides(outputs)
+
+    def _unpacked(self, outputs: list[Any], ragged: RaggedCall, hidden_states: Tensor) -> Any:
+        """What the rounds returned, each token where it stood; zeros for padding."""
+        tokens = hidden_states.shape[1]
+        firsts = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        whole = [part.packing(tokens, hidden_states.device).whole for part in ragged.rounds]
+        if whole == [True]:
+            together = firsts[0]
+        else:
+            width = firsts[0].shape[-1] if firsts else hidden_states.shape[-1]
+            together = hidden_states.new_zeros(*hidden_states.shape[:2], width)
+            for part, first in zip(ragged.rounds, firsts, strict=True):
+                part.packing(tokens, hidden_states.device).unpack(first, together)
+        if not outputs:
+            return together, None
+        return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, whole == [True]))
+
+    def _aligns(self, part: Segment | RaggedRound) -> bool:
+        """Whether the attention implementation wants the last entries of all rows in the last place."""
+        if isinstance(part, Segment) or part.width == 1:
+            return False
+        name = getattr(self.layer.module, "config", self.shared.model_config)._attn_implementation
+        return bool(ALL_MASK_ATTENTION_FUNCTIONS[name] is flash_attention_mask)
 
     def _placed(self, call: dict[str, Any], segment: Segment, rotation: SlotRotation, tokens: int) -> dict[str, Any]:
         """The arguments that tell a segment where it stands: its positions and its mask."""
         first = segment.entries - tokens  # its own first slot, unless it came without its first tokens
+        config = getattr(self.layer.module, "config", self.shared.model_config)
+        mask = self.shared.mask(config, call["hidden_states"], first, self.layer.rule.always_masks)
+        placed = {"attention_mask": self._as_taken(call, mask)}
         slots = slice(first, segment.entries)
-        placed: dict[str, Any] = {}
+        return self._positions(call, rotation, slots, lambda: torch.arange(first, segment.entries)[None]) | placed
+
+    def _placed_ragged(self, call: dict[str, Any], part: RaggedRound, rotation: SlotRotation) -> dict[str, Any]:
+        hidden_states: Tensor = call["hidden_states"]
+        config = getattr(self.layer.module, "config", self.shared.model_config)
+        mask = self.shared.ragged_mask(config, hidden_states, part, self._aligns(part))
+        slots = part.slots(hidden_states.device)
+        return self._positions(call, rotation, slots, lambda: slots) | {"attention_mask": self._as_taken(call, mask)}
+
+    def _as_taken(self, call: dict[str, Any], mask: Any) -> Any:
+        key = self.layer.rule.mask_key
+        return mask if key is None else {**(call["attention_mask"] or {}), key: mask}
+
+    def _positions(
+        self, call: dict[str, Any], rotation: SlotRotation, slots: slice | Tensor, position_ids: Callable[[], Tensor]
+    ) -> dict[str, Any]:
         given = call.get("position_embeddings")
         if given is not None and rotation.table is not None:
             dtype = (given if isinstance(given, Tensor) else given[0]).dtype
-            placed["position_embeddings"] = rotation.table.embeddings(slots, dtype)
-        elif self.layer.positions == "position_ids":
-            placed["position_ids"] = torch.arange(first, segment.entries, device=call["hidden_states"].device)[None]
-        config = getattr(self.layer.module, "config", self.shared.model_config)
-        mask = self.shared.mask(config, call["hidden_states"], first, self.layer.rule.always_masks)
-        key = self.layer.rule.mask_key
-        placed["attention_mask"] = mask if key is None else {**(call["attention_mask"] or {}), key: mask}
-        return placed
+            return {"position_embeddings": rotation.table.embeddings(slots, dtype)}
+        if self.layer.positions == "position_ids":
+            return {"position_ids": position_ids().to(call["hidden_states"].device)}
+        return {}
 
     def _rotation(self, window: int, device: torch.device) -> SlotRotation:
         table = self.shared.table(self.layer, window, device)
@@ -419,6 +494,20 @@ def _is_segments(name: Any) -> bool:
     return isinstance(name, tuple) and name[0] == SEGMENTS
 
 
+@dataclass(frozen=True)
+class _Outer:
+    """While a model around the decoder runs: what it was called with.
+
+    Attributes: the names of arguments that are no text, and what of the tokens is no padding (None for all).
+    """
+
+    inputs: set[str]
+    real: Tensor | None
+
+
+_OUTER: ContextVar[_Outer | None] = ContextVar("freqkv_outer", default=None)
+
+
 class _ModelForward(_Wrapper):
     """Stands in for the forward of a model around the decoder, such as one with images, or with the language model head.
 
@@ -433,29 +522,28 @@ class _ModelForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if _OUTER_INPUTS.get() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
+        if _OUTER.get() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
             return self.original(**kwargs)
         if isinstance(cache, FreqKVCache):
             self._check_cache(cache)
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if inputs is not None:
-            self._check_inputs(kwargs, inputs, cache)
+        if inputs is None:
+            return self.original(**kwargs)  # raises in its own words
+        real = self._check_inputs(kwargs, inputs, cache)
         extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
-        token = _OUTER_INPUTS.set(extra)
+        token = _OUTER.set(_Outer(extra, real))
         try:
-            if not isinstance(cache, FreqKVCache) or inputs is None:
-                return self.original(**kwargs)
-            return self._in_forward(cache, inputs.shape[1], kwargs)
+            return self.original(**kwargs) if cache is None else self._in_forward(cache, inputs.shape[1], real, kwargs)
         finally:
-            _OUTER_INPUTS.reset(token)
+            _OUTER.reset(token)
 
     def _makes_one(self, cache: Any) -> bool:
         """Whether the numbers hold for a call with this cache."""
         return cache is None and self.shared.config is not None
 
-    def _in_forward(self, cache: FreqKVCache, tokens: int, kwargs: dict[str, Any]) -> Any:
+    def _in_forward(self, cache: FreqKVCache, tokens: int, real: Tensor | None, kwargs: dict[str, Any]) -> Any:
         try:
-            cache.begin_forward(tokens)
+            cache.begin_forward(tokens, real)
             output = self.original(**kwargs)
             cache.end_forward()
         except BaseException:
@@ -471,7 +559,8 @@ class _ModelForward(_Wrapper):
                     f"{expected}: make it with FreqKVCache(model.config, ...) of the model that uses it"
                 )
 
-    def _check_inputs(self, kwargs: dict[str, Any], inputs: Tensor, cache: FreqKVCache | None) -> None:
+    def _check_inputs(self, kwargs: dict[str, Any], inputs: Tensor, cache: FreqKVCache | None) -> Tensor | None:
+        """What of the new tokens is no padding, `(batch, tokens)` bool; None for all of them."""
         batch, tokens = inputs.shape[:2]
         seen = 0 if cache is None else cache.tokens_seen
         if tokens == 0:
@@ -481,7 +570,8 @@ class _ModelForward(_Wrapper):
             )
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
-        _check_mask(kwargs.get("attention_mask"), batch, seen, tokens)
+        rows = None if cache is None else cache.row_tokens
+        return _real_tokens(kwargs.get("attention_mask"), batch, seen, tokens, rows)
 
 
 class _DecoderForward(_ModelForward):
@@ -507,43 +597,61 @@ class _DecoderForward(_ModelForward):
                 "this FreqKVCache would not reach the attention layers: gradient checkpointing drops caches. For training, "
                 "patch with numbers, freqkv.patch(model, window=...), and pass no cache"
             )
-        tokens = self._check_arguments(kwargs, cache)
+        tokens, real = self._check_arguments(kwargs, cache)
+        aligned = None
+        if cache is None and real is not None:
+            aligned = _RightPadded(real)
+            kwargs = aligned.apply(kwargs)
         if self.shared.makes_all_masks:
             kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED if cache is None else CACHED)}
         try:
             if cache is None:
-                return self.original(**kwargs)
-            if cache.forward_start is not None and _OUTER_INPUTS.get() is not None:
+                output = self.original(**kwargs)
+                return output if aligned is None else aligned.undo(output)
+            if cache.forward_start is not None and _OUTER.get() is not None:
                 cache.forward_tokens = tokens  # images may have become more tokens on the way
                 return self.original(**kwargs)
-            return self._in_forward(cache, tokens, kwargs)
+            return self._in_forward(cache, tokens, real, kwargs)
         finally:
             self.shared.drop_masks()
 
     def _drops_caches(self) -> bool:
         return self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules())
 
-    def _check_arguments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> int:
+    def _check_arguments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> tuple[int, Tensor | None]:
+        """The number of new tokens, and what of them is no padding (None for all)."""
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        outer = _OUTER_INPUTS.get()
+        tokens: int = inputs.shape[1]
+        outer = _OUTER.get()
         if outer is None:
             if cache is not None:
                 self._check_cache(cache)
-            self._check_inputs(kwargs, inputs, cache)
-        elif (outer and not _is_plain(kwargs.get("attention_mask"))) or _sees_ahead(kwargs):
+            real = self._check_inputs(kwargs, inputs, cache)
+        else:
+            real = outer.real
+            if real is not None and real.shape[1] != tokens:
+                raise ValueError(
+                    "attention_mask has zeros, and images became more tokens on the way: pass one row at a time"
+                )
+        own_masks = outer.inputs if outer is not None and not _is_plain(kwargs.get("attention_mask")) else set()
+        if own_masks or _sees_ahead(kwargs):
             raise ValueError(
-                f"the model makes attention masks of its own from {', '.join(sorted(outer or ['token_type_ids']))}, in which "
-                "tokens of a block attend to each other, and FreqKV knows causal masks only. Use text, or transformers' "
-                "DynamicCache"
+                f"the model makes attention masks of its own from {', '.join(sorted(own_masks or ['token_type_ids']))}, in "
+                "which tokens of a block attend to each other, and FreqKV knows causal masks only. Use text, or "
+                "transformers' DynamicCache"
             )
-        tokens: int = inputs.shape[1]
         seen = 0 if cache is None else cache.tokens_seen
-        _check_not_packed(kwargs, seen, tokens)
+        ragged = real is not None or (cache is not None and cache.row_tokens is not None)
+        _check_not_packed(kwargs, seen, tokens, real, ragged)
         config = self.shared.model_config
-        wants_attentions = kwargs.get("output_attentions")
-        if getattr(config, "output_attentions", False) if wants_attentions is None else wants_attentions:
+
+        def wants(name: str) -> bool:
+            asked = kwargs.get(name)
+            return bool(getattr(config, name, False) if asked is None else asked)
+
+        if wants("output_attentions"):
             schedule = self.shared.new_layer().schedule if cache is None else cache.schedule
             segments = schedule.segments(seen, tokens)
             if len(segments) > 1:
@@ -552,7 +660,46 @@ class _DecoderForward(_ModelForward):
                     f"and do not form one matrix. Feed at most {segments[0].stop} tokens now, or leave "
                     "output_attentions out"
                 )
-        return tokens
+            if ragged:
+                raise ValueError(
+                    "output_attentions: the weights of padded rows are over the entries of each row and do not form one "
+                    "matrix. Pass one row at a time, or leave output_attentions out"
+                )
+        if cache is None and real is not None and wants("output_router_logits"):
+            raise ValueError(
+                "output_router_logits: without a cache, FreqKV runs padded rows in another order than the router's loss "
+                "expects. Pass rows of equal length"
+            )
+        return tokens, real
+
+
+class _RightPadded:
+    """Rows moved so that all padding stands behind them, where it changes nothing before it."""
+
+    def __init__(self, real: Tensor) -> None:
+        self.shape = real.shape
+        self.order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+
+    def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a decoder, moved."""
+        return {name: self._moved(value, self.order) for name, value in kwargs.items()}
+
+    def undo(self, output: Any) -> Any:
+        """What the decoder returns, moved back."""
+        back = torch.argsort(self.order, dim=1)
+        if isinstance(output, tuple):
+            return tuple(self._moved(value, back) for value in output)
+        for name in list(output):
+            output[name] = self._moved(output[name], back)
+        return output
+
+    def _moved(self, value: Any, order: Tensor) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._moved(each, order) for each in value)
+        if not isinstance(value, Tensor) or value.shape[:2] != self.shape:
+            return value
+        order = order.to(value.device)
+        return value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
 
 
 def _is_not_text(name: str, value: Any) -> bool:
@@ -571,27 +718,33 @@ def _sees_ahead(kwargs: dict[str, Any]) -> bool:
     return types is not None and bool(types.any())
 
 
-def _check_mask(mask: Any, batch: int, seen: int, tokens: int) -> None:
+def _real_tokens(mask: Any, batch: int, seen: int, tokens: int, rows: list[int] | None) -> Tensor | None:
+    """What of the new tokens is no padding; None for all."""
     if mask is None:
-        return
+        return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise ValueError(
             "FreqKV builds its own masks over cache entries and cannot use a custom 4-D attention_mask, whose "
-            "columns are tokens. Pass a 2-D attention_mask of ones, or none"
+            "columns are tokens. Pass a 2-D attention_mask, or none"
         )
     if mask.shape != (batch, seen + tokens):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but there are {batch} rows of {seen} tokens in the cache "
             f"and {tokens} new ones: pass one of shape {(batch, seen + tokens)}, or none"
         )
-    if not bool(mask.all()):
+    if rows is None and bool(mask.all()):
+        return None
+    before = mask[:, :seen].sum(1).tolist()
+    if before != ([seen] * batch if rows is None else rows):
         raise ValueError(
-            "attention_mask has zeros: FreqKV does not serve padded batches so far. Pass rows of equal length, "
-            "or one row at a time"
+            f"attention_mask leaves {before} of the tokens before these, the cache holds {rows or [seen] * batch} in its rows: "
+            "what has entered cannot be hidden, and what was padding cannot be shown"
         )
+    real = mask[:, seen:].bool()
+    return None if bool(real.all()) else real
 
 
-def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int) -> None:
+def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int, real: Tensor | None, ragged: bool) -> None:
     packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
     if packing:
         raise ValueError(
@@ -599,14 +752,23 @@ def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int) -> None:
             "other. Pass each sequence as a row of its own"
         )
     positions = kwargs.get("position_ids")
-    if positions is not None and tokens > 1:  # a single position cannot restart, and looking costs a device sync
-        counted = torch.arange(seen, seen + tokens, device=positions.device)
-        if not bool((positions == counted).all()):
-            raise ValueError(
-                f"position_ids must count the tokens of each row, here from {seen} to {seen + tokens - 1}: "
-                "positions that restart (packed sequences) or jump are not supported, since FreqKV rotates keys at "
-                "their slots. Leave position_ids out, and pass each sequence as a row of its own"
-            )
+    if positions is None or tokens == 1:  # a single position cannot restart, and looking costs a device sync
+        return
+    counted = torch.arange(seen, seen + tokens, device=positions.device)
+    plain = positions == counted
+    if ragged and positions.ndim == 2:
+        # Positions of padding say nothing, and rows may start anywhere: the tokens of a row follow each other.
+        where = torch.ones_like(positions, dtype=torch.bool) if real is None else real.to(positions.device)
+        nth = where.cumsum(1) - 1
+        offset = positions - nth
+        first = offset.gather(1, where.to(torch.uint8).argmax(1, keepdim=True).expand(len(offset), 1))
+        plain = (offset == first) | ~where
+    if not bool(plain.all()):
+        raise ValueError(
+            f"position_ids must count the tokens of each row, here from {seen} to {seen + tokens - 1}: "
+            "positions that restart (packed sequences) or jump are not supported, since FreqKV rotates keys at "
+            "their slots. Leave position_ids out, and pass each sequence as a row of its own"
+        )
 
 
 class _PrepareCacheForGeneration(_Wrapper):
@@ -638,18 +800,38 @@ class _OneLayer(SegmentedCache):
 
 
 def _sliced(kwargs: dict[str, Any], start: int, stop: int, tokens: int) -> dict[str, Any]:
-    """Arguments of tokens `[start, stop)`: whatever has an axis of tokens is sliced along it, all else passed on."""
+    """Arguments of tokens `[start, stop)`."""
+    return _per_token(kwargs, tokens, lambda value, axis: value.narrow(axis, start, stop - start))
 
-    def of_segment(value: Any) -> Any:
+
+def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
+    """Arguments with `take` applied to whatever has an axis of tokens, whatever it is called; all else passed on."""
+
+    def taken(name: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: of_segment(entry) for name, entry in value.items()}
-        if not isinstance(value, Tensor):
-            return value
+            return {inner: taken(inner, entry) for inner, entry in value.items()}
+        if not isinstance(value, Tensor) or name == "position_embeddings":
+            return value  # slots replace the embeddings
         # (batch, tokens, ...), (batch, 1, tokens, 1), or positions of (axes, batch, tokens)
         axis = next((axis for axis in (1, -2, -1) if value.ndim >= 2 and value.shape[axis] == tokens), None)
-        return value if axis is None else value.narrow(axis, start, stop - start)
+        return value if axis is None else take(value, axis)
 
-    return {name: of_segment(value) for name, value in kwargs.items()}
+    return {name: taken(name, value) for name, value in kwargs.items()}
+
+
+def _besides(outputs: list[Any], weights: bool = False) -> Iterator[Any]:
+    """What modules return beside their output.
+
+    Attention weights of different segments are over different entries and do not add up to one matrix. What else there is
+    (GPT-NeoX-Japanese: a bias) is the same for all.
+    """
+    for first, *others in zip(*(output[1:] for output in outputs), strict=True):
+        same = all(other is first for other in others)
+        yield (
+            first
+            if same and (weights or len(outputs) == 1 or not (isinstance(first, Tensor) and first.ndim == 4))
+            else None
+        )
 
 
 def _mode(mask: Any) -> tuple[int, ...] | None:

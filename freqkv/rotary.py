@@ -76,7 +76,10 @@ class SlotTable:
             with torch.inference_mode(False):  # tables outlive the call
                 native = tuple(t if t.is_complex() else t.to(dtype) for t in _tensors(self.native))
             self._cast[dtype] = native
-        rows_of = tuple(t[..., rows, :] for t in native)
+        if isinstance(rows, slice) or rows.ndim == 1:
+            rows_of = tuple(t[..., rows, :] for t in native)
+        else:  # (batch, tokens): the table's own axis of one row gives way to theirs
+            rows_of = tuple(t.squeeze(-3)[..., rows, :] for t in native)
         return rows_of[0] if isinstance(self.native, Tensor) else rows_of
 
 

@@ -7,9 +7,10 @@ while `t < window`, afterwards slot `floor + (t - window) % step`; right before 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Fold", "Schedule", "Segment"]
+__all__ = ["Fold", "Round", "Schedule", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,42 @@ class Segment:
     def entries(self) -> int:
         """Entries held once the segment has entered."""
         return self.slot + self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Round:
+    """Tokens of several rows that enter together, each row at slots of its own.
+
+    Attributes
+    ----------
+    rows : tuple of int
+        The rows that bring tokens, of all rows of the batch.
+    starts, stops : tuple of int
+        For each of them, which of the tokens that it brings in this call.
+    slots : tuple of int
+        The slot of the first of them.
+    fold : Fold or None
+        What is squeezed before they enter, in the rows `folding`.
+    folding : tuple of int
+        Places in `rows`.
+    """
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    slots: tuple[int, ...]
+    fold: Fold | None
+    folding: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Entries that each row holds once they have entered."""
+        return tuple(slot + count for slot, count in zip(self.slots, self.counts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -94,3 +131,23 @@ class Schedule:
             segments.append(Segment(start, stop, slot, fold))
             start = stop
         return segments
+
+    def rounds(self, seen: Sequence[int], tokens: Sequence[int]) -> list[Round]:
+        """The same for rows that have `seen` and bring `tokens` tokens each: every row goes on to its own next fold."""
+        rounds = []
+        done = [0] * len(seen)
+        while rows := tuple(row for row, brings in enumerate(tokens) if done[row] < brings):
+            starts = tuple(done[row] for row in rows)
+            slots = tuple(self.slot(seen[row] + done[row]) for row in rows)
+            stops = tuple(
+                min(tokens[row], done[row] + self.window - slot) for row, slot in zip(rows, slots, strict=True)
+            )
+            folding = tuple(
+                place
+                for place, (row, slot) in enumerate(zip(rows, slots, strict=True))
+                if seen[row] + done[row] >= self.window and slot == self.floor
+            )
+            rounds.append(Round(rows, starts, stops, slots, self.fold if folding else None, folding))
+            for row, stop in zip(rows, stops, strict=True):
+                done[row] = stop
+        return rounds

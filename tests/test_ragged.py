@@ -1,0 +1,266 @@
+"""Batches of rows of different length: each row gives what it gives alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_llama, tokens
+from test_backends import flash_attention  # noqa: F401
+from transformers import DynamicCache
+
+import freqkv
+from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.schedule import Schedule
+
+N = 23
+CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
+LENGTHS = [1, 7, N, 3 * N + 5]
+
+
+def padded(rows, side="left", pad=0):
+    """`input_ids` and `attention_mask` of rows of different length."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+def rows_of(lengths, seed=0):
+    return [tokens(length, seed=seed + i)[0] for i, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def alone(model, row, splits=()):
+    """Logits of a row by itself."""
+    cache = FreqKVCache(model.config, CONFIG)
+    edges = [0, *splits, len(row)]
+    return torch.cat(
+        [model(row[None, a:b], past_key_values=cache).logits[0] for a, b in itertools.pairwise(edges) if b > a]
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_of_a_row_are_those_of_the_row_alone(attention, side):
+    model = tiny_llama(attention=attention)
+    freqkv.patch(model)
+    rows = rows_of(LENGTHS)
+    ids, mask = padded(rows, side)
+    logits = model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+    for row, got, where in zip(rows, logits, mask.bool(), strict=True):
+        assert torch.allclose(got[where], alone(model, row), atol=2e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [2, 2 * N - 1], [5, 5], [N + 1] * 3])
+def test_greedy_generation(attention, lengths):
+    model = tiny_llama(attention=attention)
+    freqkv.patch(model)
+    rows = rows_of(lengths)
+    ids, mask = padded(rows)
+    new = 2 * N + 3
+    options = {"max_new_tokens": new, "do_sample": False}
+    together = model.generate(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    for row, got in zip(rows, together, strict=True):
+        by_itself = model.generate(row[None], past_key_values=FreqKVCache(model.config, CONFIG), **options)
+        assert torch.equal(got[-new:], by_itself[0, -new:])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_up_to_the_window_like_dynamic_cache(attention):
+    model = tiny_llama(attention=attention)
+    ids, mask = padded(rows_of([3, 9, N - 4]))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def run(cache):
+        prompt = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        more, longer = tokens(4, 3), torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
+        next_positions = positions[:, -1:] + 1 + torch.arange(4)
+        turn = model(more, attention_mask=longer, position_ids=next_positions, past_key_values=cache).logits
+        return prompt[mask.bool()], turn
+
+    plain = run(DynamicCache(config=model.config))
+    freqkv.patch(model)
+    for got, truth in zip(run(FreqKVCache(model.config, CONFIG)), plain, strict=True):
+        assert torch.allclose(got, truth, atol=2e-5)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 2 * N), min_size=3, max_size=3), min_size=1, max_size=4),
+    sides=st.lists(st.sampled_from(["left", "right"]), min_size=4, max_size=4),
+)
+@torch.no_grad()
+def test_turns_with_padding_of_their_own(lengths, sides):
+    """Rows that bring any number of tokens in each call, also none, are compressed each at its own step."""
+    lengths[0] = [max(n, 1) for n in lengths[0]]
+    model = SHARED
+    cache = FreqKVCache(model.config, CONFIG)
+    mask = torch.zeros(3, 0, dtype=torch.long)
+    entered, logits = [torch.zeros(0, dtype=torch.long)] * 3, [[] for _ in range(3)]
+    for turn, (brings, side) in enumerate(zip(lengths, sides, strict=False)):
+        if not any(brings):
+            continue
+        rows = rows_of(brings, seed=10 * turn)
+        ids, new = padded(rows, side)
+        mask = torch.cat([mask, new], 1)
+        output = model(ids, attention_mask=mask, past_key_values=cache).logits
+        for i, row in enumerate(rows):
+            entered[i] = torch.cat([entered[i], row])
+            logits[i].append(output[i][new[i].bool()])
+        assert cache.tokens_seen == mask.shape[1]
+        assert (cache.row_tokens or [cache.tokens_seen] * 3) == mask.sum(1).tolist()
+        assert cache.entries <= N
+    for row, got in zip(entered, logits, strict=True):
+        assert torch.allclose(torch.cat(got), alone(model, row), atol=3e-4)
+
+
+SHARED = tiny_llama()
+freqkv.patch(SHARED)
+
+
+@given(
+    seen=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    brings=st.lists(st.integers(0, 90), min_size=4, max_size=4),
+    window=st.integers(10, 40),
+    recent=st.integers(0, 3),
+)
+def test_rounds_are_the_segments_of_each_row(seen, brings, window, recent):
+    schedule: Schedule = FreqKVConfig(window=window, sink_tokens=2, recent_tokens=recent).schedule
+    rounds = schedule.rounds(seen, brings[: len(seen)])
+    for row, (before, new) in enumerate(zip(seen, brings, strict=False)):
+        own = []
+        for each in rounds:
+            for place, (which, start, stop) in enumerate(zip(each.rows, each.starts, each.stops, strict=True)):
+                if which == row:
+                    own.append((start, stop, each.slots[place], each.fold if place in each.folding else None))
+        assert own == [(s.start, s.stop, s.slot, s.fold) for s in schedule.segments(before, new)]
+
+
+@torch.no_grad()
+def test_flash_attention(flash_attention, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch, "float16", torch.float32)  # what the stand-in accepts
+    model = tiny_llama()
+    freqkv.patch(model)
+    rows = rows_of(LENGTHS)
+    ids, mask = padded(rows)
+    expected = [alone(model, row) for row in rows]
+    model.config._attn_implementation = "flash_attention_2"
+    cache = FreqKVCache(model.config, CONFIG)
+    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    for got, where, truth in zip(logits, mask.bool(), expected, strict=True):
+        assert torch.allclose(got[where], truth, atol=2e-4)
+    more = tokens(5, len(rows), seed=9)
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    turn = model(more, attention_mask=longer, past_key_values=cache).logits
+    model.config._attn_implementation = "eager"
+    for row, new, got in zip(rows, more, turn, strict=True):
+        assert torch.allclose(got, alone(model, torch.cat([row, new]))[-5:], atol=2e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_a_cache(side, attention):
+    """Gradients included: padding takes no part in them."""
+    model = tiny_llama(attention=attention)
+    rows = rows_of(LENGTHS)
+    ids, mask = padded(rows, side)
+    with freqkv.patch(model, CONFIG):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        output = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        output.logits[mask.bool()].square().sum().backward()
+        assert all(h.shape[:2] == ids.shape for h in output.hidden_states)
+        for i, row in enumerate(rows):
+            assert torch.allclose(output.logits[i][mask[i].bool()], alone(model, row), atol=2e-4)
+            own = model.get_input_embeddings()(row[None]).detach().requires_grad_()
+            model(inputs_embeds=own, use_cache=False).logits.square().sum().backward()
+            grad = embedded.grad[i][mask[i].bool()]
+            assert torch.allclose(grad, own.grad[0], atol=1e-4 * own.grad.abs().max())
+            assert not embedded.grad[i][~mask[i].bool()].any()
+
+
+FAMILIES = [
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "gpt_neox",
+    "gptj",
+    "deepseek_v2",
+    "gpt_oss",
+    "qwen3_next",
+    "falcon_h1",
+]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama4_text", "smollm3", "beam", "zamba2", "minimax", "cohere2"])
+def test_families(family):
+    """Where other layers are transformers' own, with its own masks."""
+    model = zoo.tiny_model(family)
+    model.set_attn_implementation("eager")
+    if family in ("gemma3n_text", "gemma4_text"):
+        model.generation_config.eos_token_id = None
+    freqkv.patch(model)
+    rows = [row.clamp(min=3, max=99) for row in rows_of([3, 9, 2 * N + 3])]
+    ids, mask = padded(rows)
+    options = {"max_new_tokens": N, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = FreqKVCache(model.config, CONFIG)
+    together = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    for row, got in zip(rows, together, strict=True):
+        by_itself = model.generate(row[None], past_key_values=FreqKVCache(model.config, CONFIG), **options)
+        assert torch.equal(got[-N:], by_itself[0, -N:])
+
+
+def test_attention_that_keeps_a_state_takes_no_turns():
+    model = zoo.tiny_model("zaya")
+    freqkv.patch(model)
+    ids, mask = padded([row.clamp(3, 99) for row in rows_of([3, 9])])
+    cache = FreqKVCache(model.config, CONFIG)
+    with pytest.raises(ValueError, match="carries a state of its own"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_row():
+    """Also what a row left behind its entries before a reset."""
+    model = tiny_llama()
+    freqkv.patch(model)
+    rows = rows_of(LENGTHS)
+    ids, mask = padded(rows)
+    embeddings = model.get_input_embeddings()(ids)
+    cache = FreqKVCache(model.config, CONFIG)
+    clean = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache).logits
+    cache.reset()
+    spoiled = embeddings.clone()
+    spoiled[1, -3] = float("nan")
+    logits = model(inputs_embeds=spoiled, attention_mask=mask, past_key_values=cache).logits
+    others = [0, 2, 3]
+    assert torch.equal(logits[others], clean[others])
+    assert logits[1, -1].isnan().all()
+    cache.reset()
+    assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache).logits, clean)
+
+
+@torch.no_grad()
+def test_masks_that_cannot_be():
+    model = tiny_llama()
+    freqkv.patch(model)
+    ids, mask = padded(rows_of([4, 9]))
+    cache = FreqKVCache(model.config, CONFIG)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    more = tokens(2, 2)
+    changed = torch.cat([torch.ones_like(mask), torch.ones_like(more)], 1)
+    with pytest.raises(ValueError, match="what was padding cannot be shown"):
+        model(more, attention_mask=changed, past_key_values=cache)
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    with pytest.raises(ValueError, match="output_attentions: the weights of padded rows"):
+        model(more, attention_mask=longer, past_key_values=cache, output_attentions=True)
+    assert cache.row_tokens == [4, 9]
+    assert not cache.is_spent
