@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, flash_attention_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from freqkv.analysis import Analysis, AttentionLayer, analyse
 from freqkv.cache import Entering, Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, SegmentedCache
@@ -402,7 +402,8 @@ class _AttentionForward(_Wrapper):
         if isinstance(part, Segment) or part.width == 1:
             return False
         name = getattr(self.layer.module, "config", self.shared.model_config)._attn_implementation
-        return bool(ALL_MASK_ATTENTION_FUNCTIONS[name] is flash_attention_mask)
+        # These take any mask. flash-attention takes padding in front only, and flex compiles for the masks it knows.
+        return ALL_MASK_ATTENTION_FUNCTIONS.get(name) not in (eager_mask, sdpa_mask)
 
     def _placed(self, call: dict[str, Any], segment: Segment, rotation: SlotRotation, tokens: int) -> dict[str, Any]:
         """The arguments that tell a segment where it stands: its positions and its mask."""
