@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
-from freqkv.cache import Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, UnsupportedModelError
+from freqkv.cache import Everywhere, FreqKVCache, UnsupportedModelError
 from freqkv.config import FreqKVConfig
 from freqkv.families import FamilyRule, rule_for
+from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
 
 __all__ = ["Analysis", "AttentionLayer", "Support", "analyse", "supported"]

@@ -21,9 +21,10 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from freqkv.analysis import Analysis, AttentionLayer, analyse
-from freqkv.cache import Entering, Everywhere, FreqKVCache, FreqKVHybridLayer, FreqKVLayer, SegmentedCache
+from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
+from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import RaggedCall, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Segment

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from freqkv.transform import low_pass
 
-__all__ = ["Compressor", "check_compressor", "keep_recent", "low_pass_entries", "mean_pool"]
+__all__ = ["Compressor", "check_compressor", "compressor_name", "keep_recent", "low_pass_entries", "mean_pool"]
 
 Compressor: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -45,3 +45,8 @@ def check_compressor(compressor: Compressor) -> Compressor:
     if not callable(compressor):
         raise TypeError(f"compressor is a function (keys, values, keep) -> (keys, values), got {compressor!r}")
     return compressor
+
+
+def compressor_name(compressor: Compressor) -> str:
+    """What messages call it."""
+    return getattr(compressor, "__name__", repr(compressor))

@@ -208,7 +208,7 @@ def test_family(family, attention):
         bound = LOOSE.get(family, 3e-4)
         assert close(feed(model, ids, parts, chunks), whole, bound)
         for one, other in zip(observed.layers, parts.layers, strict=True):
-            if isinstance(one, freqkv.cache.FreqKVLayer):
+            if isinstance(one, freqkv.layer.FreqKVLayer):
                 held = one.entries
                 assert close(other.keys[:, :, :held], one.keys[:, :, :held], bound)
                 assert close(other.values[:, :, :held], one.values[:, :, :held], bound)

@@ -1,0 +1,439 @@
+"""A layer of the cache: one buffer of `window` entries, keys rotated at their slots, folded in place when it is full.
+
+It knows the schedule, the compressor and rotations, and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from freqkv.compressors import Compressor, compressor_name
+from freqkv.config import FreqKVConfig
+from freqkv.ragged import RaggedRound
+from freqkv.rotary import SlotRotation
+from freqkv.schedule import Fold, Segment
+from freqkv.transform import compute_dtype
+
+__all__ = ["Entering", "FreqKVHybridLayer", "FreqKVLayer"]
+
+STREAMS = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class Entering:
+    """Which tokens are about to enter, how they are rotated, and whether the last entry of each row must come last."""
+
+    tokens: Segment | RaggedRound
+    rotation: SlotRotation
+    aligned: bool = False
+
+
+class FreqKVLayer(CacheLayerMixin):
+    """The entries of one full-attention layer.
+
+    Parameters
+    ----------
+    config : FreqKVConfig
+        With its `window` resolved.
+    compressor : callable
+        `(keys, values, keep) -> (keys, values)`, see `freqkv.compressors`.
+    preallocate : bool
+        Whether to hold a buffer of `window` entries that is written in place when autograd does not need the old
+        entries. A layer that lives for one call only does without.
+
+    Attributes
+    ----------
+    seen : int
+        Tokens that have entered, of the longest row.
+    rows : list of int or None
+        Tokens that have entered each row, where rows differ.
+    keys, values : Tensor or None
+        `(batch, kv_heads, window or entries, head_dim)`; of a buffer, the first `entries` slots are in use.
+    """
+
+    is_sliding = False
+    keys: Tensor | None
+    values: Tensor | None
+
+    def __init__(self, config: FreqKVConfig, compressor: Compressor, preallocate: bool = True) -> None:
+        super().__init__()
+        self.schedule = config.schedule
+        self.compressor = compressor
+        self.preallocate = preallocate
+        self._seen = 0
+        self.rows: list[int] | None = None
+        self.intact = True
+        self.record_past = False
+        self._past: tuple[int, Tensor, Tensor] | None = None
+        self._owns_buffer = False  # else keys and values may be part of a graph, and are never written to
+
+    @property
+    def seen(self) -> int:
+        """Tokens that have entered, of the longest row."""
+        return self._seen if self.rows is None else max(self.rows)
+
+    @property
+    def entries(self) -> int:
+        """Entries held, by the longest row."""
+        return self.schedule.entries(self._seen) if self.rows is None else max(map(self.schedule.entries, self.rows))
+
+    def row_tokens(self, batch: int) -> list[int]:
+        """Tokens that have entered, row by row."""
+        return [self._seen] * batch if self.rows is None else self.rows
+
+    def level(self) -> None:
+        """Note that all rows have as many tokens."""
+        self._seen, self.rows = self.seen, None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        entering: Entering | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Fold if the schedule says so, append the tokens, return all entries held.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            `(batch, kv_heads, tokens, head_dim)`, rotated at their slots.
+        entering : Entering
+            Which tokens these are, and how this layer rotates.
+
+        Returns
+        -------
+        tuple of Tensor
+            Keys and values `(batch, kv_heads, entries, head_dim)`, of the rows that took part.
+
+        Raises
+        ------
+        RuntimeError
+            If nothing announced these tokens: the model is not patched.
+        ValueError
+            If the tensors do not fit the entries held (batch size, heads, head size, dtype, device).
+        """
+        if entering is None:
+            raise RuntimeError(
+                "a FreqKVCache works with a patched model only: call freqkv.patch(model) before the forward or generate"
+            )
+        tokens, rotation = entering.tokens, entering.rotation
+        if isinstance(tokens, RaggedRound):
+            return self._update_ragged(key_states, value_states, tokens, rotation, entering.aligned)
+        self._check(key_states, value_states, key_states.shape[0])
+        if tokens.fold is not None:
+            self._record()
+        if self.preallocate and not torch.is_grad_enabled():
+            self._ensure_buffer(key_states, value_states, key_states.shape[0])
+            assert self.keys is not None
+            assert self.values is not None
+            folded = self._folded(tokens.fold, rotation, *self._held()) if tokens.fold is not None else ()
+            self.intact = False
+            for buffer, entries in zip((self.keys, self.values), folded, strict=False):
+                buffer[:, :, tokens.slot - entries.shape[2] : tokens.slot] = entries
+            self.keys[:, :, tokens.slot : tokens.entries] = key_states
+            self.values[:, :, tokens.slot : tokens.entries] = value_states
+        elif self.seen == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self._owns_buffer = key_states, value_states, False
+        else:
+            keys, values = self._held()
+            if tokens.fold is not None:
+                start = tokens.fold.start
+                folded_keys, folded_values = self._folded(tokens.fold, rotation, keys, values)
+                keys = torch.cat([keys[:, :, :start], folded_keys, key_states], dim=-2)
+                values = torch.cat([values[:, :, :start], folded_values, value_states], dim=-2)
+            else:
+                keys = torch.cat([keys, key_states], dim=-2)
+                values = torch.cat([values, value_states], dim=-2)
+            self.keys, self.values, self._owns_buffer = keys, values, False
+        self._seen = self.seen + tokens.stop - tokens.start
+        self.rows = None
+        self.intact = True
+        return self._held()
+
+    def _update_ragged(
+        self, key_states: Tensor, value_states: Tensor, tokens: RaggedRound, rotation: SlotRotation, aligned: bool
+    ) -> tuple[Tensor, Tensor]:
+        device = key_states.device
+        self._check(key_states, value_states, tokens.batch)
+        self._ensure_buffer(key_states, value_states, tokens.batch)
+        assert self.keys is not None
+        assert self.values is not None
+        if tokens.fold is not None:
+            self._record()
+        if torch.is_grad_enabled():  # the graph needs the entries as they are
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        if tokens.fold is not None:
+            fold, rows = tokens.fold, tokens.folding(device)
+            folded = self._folded(fold, rotation, self.keys[rows], self.values[rows])
+            self.intact = False
+            for buffer, entries in zip((self.keys, self.values), folded, strict=True):
+                buffer[rows, :, fold.start : fold.start + entries.shape[2]] = entries
+        self.intact = False
+        row, slot, packed_row, column = tokens.writes(device)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[row, :, slot] = states[packed_row, :, column]
+        after = list(self.row_tokens(tokens.batch))
+        for place, entered in zip(tokens.cut.rows, tokens.cut.counts, strict=True):
+            after[place] += entered
+        self.rows = after
+        self.intact = True
+        held = self.keys[:, :, : tokens.entries], self.values[:, :, : tokens.entries]
+        if not tokens.everyone:
+            rows = tokens.rows(device)
+            held = held[0][rows], held[1][rows]
+        if aligned:
+            index = tokens.aligned(device)[:, None, :, None]
+            held = held[0].take_along_dim(index, dim=2), held[1].take_along_dim(index, dim=2)
+        return held
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[:, :, : self.entries], self.values[:, :, : self.entries]
+
+    def _folded(self, fold: Fold, rotation: SlotRotation, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands behind `fold.start` once full rows are folded, in the dtype of the cache."""
+        held = dict(zip(STREAMS, (keys[:, :, fold.start :], values[:, :, fold.start :]), strict=True))
+        rotated = None if rotation.how is None else rotation.how.stream
+        squeezed = fold.stop - fold.start
+        with torch.autocast(held["keys"].device.type, enabled=False):  # float32 means float32 in here
+            raw = {
+                name: rotation.unrotate(t, fold.start)
+                if name == rotated
+                else t[:, :, :squeezed].to(compute_dtype(t.dtype))
+                for name, t in held.items()
+            }
+            folded = self.compressor(raw["keys"][:, :, :squeezed], raw["values"][:, :, :squeezed], fold.keep)
+            if not (isinstance(folded, tuple) and len(folded) == 2 and all(isinstance(t, Tensor) for t in folded)):
+                raise TypeError(
+                    f"compressor {compressor_name(self.compressor)} must return (keys, values), it returned {type(folded)}"
+                )
+            outcome = []
+            for name, after in zip(STREAMS, folded, strict=True):
+                before = held[name]
+                wanted = (*before.shape[:2], fold.keep, before.shape[-1])
+                if tuple(after.shape) != wanted:
+                    raise ValueError(
+                        f"compressor {compressor_name(self.compressor)} returned {name} of shape {tuple(after.shape)}, expected "
+                        f"{wanted}"
+                    )
+                if name == rotated:  # what follows the fold has new slots as well
+                    after = rotation.rotate(torch.cat([after, raw[name][:, :, squeezed:]], dim=-2), fold.start)
+                    outcome.append(after.to(before.dtype))
+                else:
+                    outcome.append(torch.cat([after.to(before.dtype), before[:, :, squeezed:]], dim=-2))
+        return outcome[0], outcome[1]
+
+    def _check(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
+        if self.seen == 0 or self.keys is None or self.values is None:
+            return
+        for name, held, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
+            for what, has, brings in (
+                ("batch size", held.shape[0], batch),
+                ("number of KV heads", held.shape[1], new.shape[1]),
+                ("head size", held.shape[3], new.shape[3]),
+                ("dtype", held.dtype, new.dtype),
+                ("device", held.device, new.device),
+            ):
+                if has != brings:
+                    raise ValueError(
+                        f"this cache holds {name} with {what} {has}, the model brings {what} {brings}: a cache serves the "
+                        "model and batch that filled it. Make a FreqKVCache of its own for each, or call reset()"
+                    )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _ensure_buffer(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
+        """Make `keys` and `values` buffers of `window` slots that hold the present entries."""
+        held = self._held() if self.seen else (None, None)
+        buffers = []
+        for stored, entries, new in ((self.keys, held[0], key_states), (self.values, held[1], value_states)):
+            shape = (batch, new.shape[1], self.schedule.window, new.shape[3])
+            usable = (
+                stored is not None
+                and self._owns_buffer
+                and not stored.is_inference()
+                and (stored.shape, stored.dtype, stored.device) == (shape, new.dtype, new.device)
+            )
+            if usable:
+                buffers.append(stored)
+                continue
+            with torch.inference_mode(False):  # an inference tensor could not be written by a later call outside of it
+                buffer = torch.zeros(shape, dtype=new.dtype, device=new.device)
+            if entries is not None:
+                buffer[:, :, : entries.shape[2]] = entries if torch.is_grad_enabled() else entries.detach()
+            buffers.append(buffer)
+        self.keys, self.values = buffers
+        self._owns_buffer = not torch.is_grad_enabled()
+        self.lazy_initialization(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, as `generate` counts them; entries held are `entries`."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length of keys after `query_length` more tokens, and the offset that aligns it to the last token."""
+        seen = self.seen + query_length
+        entries = self.schedule.entries(seen)
+        return entries, seen - entries
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens may enter."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffer stays allocated."""
+        self._seen = 0
+        self.rows = None
+        self.intact = True
+        self._past = None
+        if not self._owns_buffer:
+            self.keys = self.values = None
+            self.is_initialized = False
+        else:  # rows that are shorter than others carry what lies behind their entries along, masked, but not if it is NaN
+            for buffer in (self.keys, self.values):
+                assert buffer is not None
+                buffer.zero_()
+
+    def activate_past_recording(self) -> None:
+        """From now on keep a copy of the entries from before the last compression, so that :meth:`crop` can go back over it.
+
+        It takes at most another `window` entries, and is let go at the next :meth:`crop`.
+        """
+        self.record_past = True
+
+    def _record(self) -> None:
+        if self.record_past and self.rows is None:
+            keys, values = self._held()
+            self._past = self.seen, keys.detach().clone(), values.detach().clone()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of each row.
+
+        Raises
+        ------
+        ValueError
+            If `tokens_to_remove` is positive or removes more than was seen.
+        RuntimeError
+            If a compression lies among them and what was there before it was not recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.rewind(self._seen + tokens_to_remove if self.rows is None else [n + tokens_to_remove for n in self.rows])
+
+    def rewind(self, target: int | list[int]) -> None:
+        """Go back to when `target` tokens had entered, a number for all rows or one for each; see :meth:`crop`."""
+        pairs = (
+            [(self._seen, target)]
+            if isinstance(target, int)
+            else list(zip(self.row_tokens(len(target)), target, strict=True))
+        )
+        if any(after < 0 for _, after in pairs):
+            raise ValueError(f"cannot remove {max(before - after for before, after in pairs)} of {self.seen} tokens")
+        over = any(self.schedule.compressions(after) != self.schedule.compressions(before) for before, after in pairs)
+        past = self._past
+        if over and not (
+            past is not None
+            and isinstance(target, int)
+            and self.schedule.compressions(past[0]) == self.schedule.compressions(target)
+        ):
+            removed = max(before - after for before, after in pairs)
+            raise RuntimeError(
+                f"cannot remove {removed} tokens: the cache was compressed since, and the entries from before are gone. Keep a "
+                "copy (copy.deepcopy(cache)) to return to, or call cache.activate_past_recording() before"
+            )
+        if over and past is not None:
+            self._seen = past[0]
+            if self._owns_buffer:
+                assert self.keys is not None
+                assert self.values is not None
+                self.keys[:, :, : past[1].shape[2]] = past[1]
+                self.values[:, :, : past[2].shape[2]] = past[2]
+            else:
+                self.keys, self.values = past[1], past[2]
+        if isinstance(target, int):
+            self._seen, self.rows = target, None
+        else:
+            self.rows = target
+        self._past = None
+        if self.keys is not None and not self._owns_buffer:
+            self.keys, self.values = self._held()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._take(
+            lambda t: t.repeat_interleave(repeats, dim=0), lambda rows: [n for n in rows for _ in range(repeats)]
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._take(lambda t: t[indices.to(t.device)], lambda rows: torch.tensor(rows)[indices.cpu()].tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx`, for beam search."""
+        self._take(
+            lambda t: t.index_select(0, beam_idx.to(t.device)), lambda rows: [rows[i] for i in beam_idx.tolist()]
+        )
+
+    def _take(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[list[int]], list[int]]) -> None:
+        if self.keys is None or self.values is None:
+            return
+        self.keys, self.values = tensors(self.keys), tensors(self.values)
+        if self.rows is not None:
+            self.rows = rows(self.rows)
+        if self._past is not None:
+            self._past = self._past[0], tensors(self._past[1]), tensors(self._past[2])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.entries}/{self.schedule.window} entries, {self.seen} tokens seen)"
+
+
+class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):
+    """The entries of a layer that also has a convolution or recurrent state, which is transformers' own."""
+
+    def __init__(
+        self, config: FreqKVConfig, compressor: Compressor, preallocate: bool = True, number_of_states: int = 1
+    ) -> None:
+        FreqKVLayer.__init__(self, config, compressor, preallocate)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # transformers hands over keys and values by position, states by name.
+        if args:
+            FreqKVLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        FreqKVLayer.reset(self)
+
+    def activate_past_recording(self) -> None:
+        LinearAttentionLayer.activate_past_recording(self)
+        FreqKVLayer.activate_past_recording(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        FreqKVLayer.crop(self, tokens_to_remove)
+
+    def _take(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[list[int]], list[int]]) -> None:
+        FreqKVLayer._take(self, tensors, rows)
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                states[index] = None if state is None else tensors(state)
