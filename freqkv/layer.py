@@ -227,10 +227,8 @@ class FreqKVLayer(CacheLayerMixin):
                 before = held[name]
                 wanted = (*before.shape[:2], fold.keep, before.shape[-1])
                 if tuple(after.shape) != wanted:
-                    raise ValueError(
-                        f"compressor {compressor_name(self.compressor)} returned {name} of shape {tuple(after.shape)}, expected "
-                        f"{wanted}"
-                    )
+                    by = f"compressor {compressor_name(self.compressor)}"
+                    raise ValueError(f"{by} returned {name} of shape {tuple(after.shape)}, expected {wanted}")
                 if name == rotated:  # what follows the fold has new slots as well
                     after = rotation.rotate(torch.cat([after, raw[name][:, :, squeezed:]], dim=-2), fold.start)
                     outcome.append(after.to(before.dtype))

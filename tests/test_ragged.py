@@ -217,10 +217,10 @@ FAMILIES = [
 @pytest.mark.parametrize("family", [*FAMILIES, "llama4_text", "smollm3", "beam", "zamba2", "minimax", "cohere2"])
 def test_families(family):
     """Where other layers are transformers' own, with its own masks."""
+    if family not in zoo.families():
+        pytest.skip(f"this transformers has no {family}")
     model = zoo.tiny_model(family)
     model.set_attn_implementation("eager")
-    if family in ("gemma3n_text", "gemma4_text"):
-        model.generation_config.eos_token_id = None
     freqkv.patch(model)
     rows = [row.clamp(min=3, max=99) for row in rows_of([3, 9, 2 * N + 3])]
     ids, mask = padded(rows)
