@@ -484,12 +484,11 @@ class _SharedEntries:
 
     @property
     def tokens(self) -> int:
-        """How many tokens made them."""
+        """How many tokens made them, all in one call."""
         assert self.mapping is not None
-        for name, kept in self.mapping.items():
-            if _is_segments(name):
-                return kept[0].shape[0]
-        raise AssertionError
+        kept = [entries[0].shape[0] for name, entries in self.mapping.items() if _is_segments(name)]
+        # Without compression, what was left is one entry a token.
+        return kept[0] if kept else int(next(iter(self.mapping.values()))[0].shape[-2])
 
 
 def _is_segments(name: Any) -> bool:

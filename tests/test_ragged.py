@@ -278,3 +278,18 @@ def test_masks_that_cannot_be():
         model(more, attention_mask=longer, past_key_values=cache, output_attentions=True)
     assert cache.row_tokens == [4, 9]
     assert not cache.is_spent
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "qwen3_next", "zaya", "gptj", "deepseek_v3"])
+@torch.no_grad()
+def test_families_without_a_cache(family, side):
+    model = zoo.tiny_model(family)
+    model.set_attn_implementation("eager")
+    rows = [row.clamp(min=3, max=99) for row in rows_of([3, 9, 2 * N + 3])]
+    ids, mask = padded(rows, side)
+    with freqkv.patch(model, CONFIG):
+        together = model(ids, attention_mask=mask, use_cache=False).logits
+        for row, got, where in zip(rows, together, mask.bool(), strict=True):
+            by_itself = model(row[None], use_cache=False).logits[0]
+            assert torch.allclose(got[where], by_itself, atol=3e-4 * by_itself.abs().max())
