@@ -34,8 +34,8 @@ INDEX_ARGUMENTS = ("layer_idx", "cycle_offset")
 # Far apart, so that channels that turn slowly show, and no multiple of each other.
 REPLAYED_SLOTS = (1, 3, 17, 101, 1009)
 NO_ROTATION = (
-    "has no rotary position embeddings: FreqKV moves keys between positions by RoPE, which learned, ALiBi or relative "
-    "positions do not allow"
+    "has no rotary position embeddings that FreqKV can find: it moves keys between positions by RoPE, which learned, ALiBi "
+    "or relative positions do not allow"
 )
 
 
@@ -167,8 +167,9 @@ class _Analyst:
                 "is an encoder-decoder; FreqKV compresses the cache of decoder-only models",
                 "Use transformers' EncoderDecoderCache for it",
             )
-        if self.rule.refused:
-            raise self.refuse(f"is not supported: {self.rule.why}")
+        for rule in (self.rule, rule_for(config)):
+            if rule.refused:
+                raise self.refuse(f"is not supported: {rule.why}")
         if getattr(self.text_config, "alibi", False):
             raise self.refuse("has ALiBi positions (alibi=True), which tie a key to the place where it entered")
         decoder, attentions = self._find_decoder()
@@ -200,6 +201,9 @@ class _Analyst:
             raise self.refuse(
                 f"keeps keys and values in layers {sorted(compressed)}, but has attention modules for {sorted(found)} only"
             )
+        bidirectional = [layer.name for layer in layers if getattr(layer.module, "is_causal", True) is False]
+        if bidirectional:
+            raise self.refuse(f"lets tokens see later ones in {bidirectional[0]} (is_causal=False)")
         self._check_positions(decoder, layers)
         others = {index: type(layer).__name__ for index, layer in enumerate(cache.layers) if index not in compressed}
         name = next(name for name, module in self.model.named_modules() if module is decoder)

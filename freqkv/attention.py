@@ -9,7 +9,7 @@ to check the arguments of a call once and to keep it from building a mask over t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -645,7 +645,7 @@ class _DecoderForward(_ModelForward):
             )
         seen = 0 if cache is None else cache.tokens_seen
         ragged = real is not None or (cache is not None and cache.row_tokens is not None)
-        _check_not_packed(kwargs, seen, tokens, real, ragged)
+        _check_not_packed(kwargs, tokens, real)
         config = self.shared.model_config
 
         def wants(name: str) -> bool:
@@ -704,9 +704,11 @@ class _RightPadded:
 
 
 def _is_not_text(name: str, value: Any) -> bool:
-    if not isinstance(value, Tensor) or name in TEXT_ARGUMENTS:
+    if name in TEXT_ARGUMENTS or not isinstance(value, (Tensor, Mapping)):
         return False
-    return bool(value.any()) if name.endswith("token_type_ids") else True  # where 0 stands for text
+    if name.endswith("token_type_ids"):  # where 0 stands for text
+        return bool(value.any()) if isinstance(value, Tensor) else True
+    return len(value) > 0
 
 
 def _is_plain(mask: Any) -> bool:
@@ -745,7 +747,7 @@ def _real_tokens(mask: Any, batch: int, seen: int, tokens: int, rows: list[int] 
     return None if bool(real.all()) else real
 
 
-def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int, real: Tensor | None, ragged: bool) -> None:
+def _check_not_packed(kwargs: dict[str, Any], tokens: int, real: Tensor | None) -> None:
     packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
     if packing:
         raise ValueError(
@@ -755,20 +757,19 @@ def _check_not_packed(kwargs: dict[str, Any], seen: int, tokens: int, real: Tens
     positions = kwargs.get("position_ids")
     if positions is None or tokens == 1:  # a single position cannot restart, and looking costs a device sync
         return
-    counted = torch.arange(seen, seen + tokens, device=positions.device)
-    plain = positions == counted
-    if ragged and positions.ndim == 2:
-        # Positions of padding say nothing, and rows may start anywhere: the tokens of a row follow each other.
-        where = torch.ones_like(positions, dtype=torch.bool) if real is None else real.to(positions.device)
-        nth = where.cumsum(1) - 1
-        offset = positions - nth
+    # Slots take their place, and RoPE is relative: they may start anywhere, and those of padding say nothing.
+    if real is None or positions.ndim != 2:
+        plain = positions.diff(dim=-1) == 1
+    else:
+        where = real.to(positions.device)
+        offset = positions - (where.cumsum(1) - 1)
         first = offset.gather(1, where.to(torch.uint8).argmax(1, keepdim=True).expand(len(offset), 1))
         plain = (offset == first) | ~where
     if not bool(plain.all()):
         raise ValueError(
-            f"position_ids must count the tokens of each row, here from {seen} to {seen + tokens - 1}: "
-            "positions that restart (packed sequences) or jump are not supported, since FreqKV rotates keys at "
-            "their slots. Leave position_ids out, and pass each sequence as a row of its own"
+            "position_ids must count the tokens of each row: positions that restart (packed sequences) or jump (those that "
+            "some models give to images) are not supported, since FreqKV rotates keys at their slots. Leave position_ids "
+            "out, and pass each sequence as a row of its own"
         )
 
 

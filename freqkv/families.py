@@ -77,6 +77,7 @@ FAMILY_RULES: dict[str, FamilyRule] = {
         cache_state="linear_cache",
     ),
     "nemotron_h": _JAMBA,
+    "paligemma": FamilyRule("the tokens of its prompt see each other, also later ones (PrefixLM)", refused=True),
     "zamba": _JAMBA,
     "zamba2": _JAMBA,
     "zaya": FamilyRule("hands its attention the masks of convolution and attention in one dict", mask_key="causal"),

@@ -1,0 +1,64 @@
+"""The README's table of families, the file that it is made from, and the library."""
+
+from __future__ import annotations
+
+import families as script
+import pytest
+import test_every_family
+import zoo
+
+import freqkv
+
+ROWS = script.read(script.ROOT / "examples" / "results" / "families.csv")
+HERE = {row["family"]: row for row in ROWS if script.VERSION in row["transformers"].split()}
+SERVED = ["cohere2", "deepseek_v2", "falcon_h1", "gemma4_text", "llama", "nanochat", "smollm3", "zamba2"]
+REFUSED = ["bert", "blt", "deepseek_v32", "gpt2", "mamba", "moshi", "xlnet"]
+
+listed = pytest.mark.skipif(not HERE, reason=f"the table was not made with transformers {script.VERSION}")
+
+
+def test_the_readme_shows_the_table():
+    readme = (script.ROOT / "README.md").read_text()
+    assert script.updated(readme, ROWS) == readme
+    assert script.updated(readme, ROWS[1:]) != readme
+
+
+def test_the_table_holds_the_oldest_and_the_newest_version():
+    versions = {version for row in ROWS for version in row["transformers"].split()}
+    assert versions >= {"5.17", "5.23"}
+    for version in versions:
+        names = [row["family"] for row in ROWS if version in row["transformers"].split()]
+        assert len(names) == len(set(names))
+
+
+@listed
+def test_every_entry_of_the_mapping_has_a_row():
+    assert set(HERE) == set(zoo.families())
+    refused = {family for family, row in HERE.items() if row["status"] == script.REFUSED}
+    assert refused == set(HERE) & set(test_every_family.REASON) - set(zoo.NOT_BUILT)
+
+
+@listed
+@pytest.mark.parametrize("family", SERVED + REFUSED)
+def test_the_library_agrees(family):
+    row, model = HERE[family], zoo.tiny_model(family)
+    support = freqkv.supported(model)
+    assert bool(support) == (family in SERVED) == (row["status"] == script.SERVED)
+    if not support:
+        assert row["reason"] == script.in_short(support.reason)
+        return
+    assert row["layers"] == script.layers_in_words(model, support.analysis)
+    cache = script.check(family, "eager", model)
+    assert row["rotation"] == script.rotation_in_words(support.analysis, cache)
+
+
+def test_a_version_replaces_its_own_rows_only():
+    def row(family, layers, versions):
+        return dict.fromkeys(script.COLUMNS, "") | {"family": family, "layers": layers, "transformers": versions}
+
+    here, other = script.VERSION, "4.0"
+    before = [row("one", "all", f"{other} {here}"), row("three", "all", here), row("two", "all", f"{other} {here}")]
+    found = [row("one", "all", here), row("two", "none", here)]
+    after = [row("one", "all", f"{other} {here}"), row("two", "all", other), row("two", "none", here)]
+    assert script.merged(before, found) == after
+    assert script.merged(after, found) == after
