@@ -790,6 +790,21 @@ class _PrepareCacheForGeneration(_Wrapper):
         return self.original(generation_config, model_kwargs, *args, **kwargs)
 
 
+class _PrepareInputsForGeneration(_Wrapper):
+    """Phi-3 drops its cache where a text grows to the length from which its frequencies change; those of slots do not."""
+
+    def __init__(self, model: PreTrainedModel, shared: _Shared) -> None:
+        super().__init__(model, "prepare_inputs_for_generation", shared)
+        self.model = model
+
+    def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.original(input_ids, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, FreqKVCache) and inputs.get("past_key_values") is not cache:
+            return GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
+        return inputs
+
+
 class _OneLayer(SegmentedCache):
     """The cache of one attention call: hands its layer to whatever index the module names."""
 
@@ -865,7 +880,10 @@ def _wrap(model: nn.Module, shared: _Shared) -> None:
     for module in shared.analysis.around:
         if module in inside and (module, "forward") not in wrapped:
             module.__dict__["forward"] = _ModelForward(module, shared)
-    name = "_prepare_cache_for_generation"
-    for module in inside:
-        if isinstance(module, GenerationMixin) and (module, name) not in wrapped:
-            module.__dict__[name] = _PrepareCacheForGeneration(module, shared)
+    for kind, name in (
+        (_PrepareCacheForGeneration, "_prepare_cache_for_generation"),
+        (_PrepareInputsForGeneration, "prepare_inputs_for_generation"),
+    ):
+        for module in inside:
+            if isinstance(module, GenerationMixin) and (module, name) not in wrapped:
+                module.__dict__[name] = kind(module, shared)

@@ -121,10 +121,11 @@ class FreqKVConfig:
 
     def _checked(self, text_config: Any) -> FreqKVConfig:
         """Warn once where a RoPE type rotates by other frequencies in long sequences than in short ones."""
-        rope = getattr(text_config, "rope_parameters", None) or {}
-        original = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope" and original and self.window is not None and self.window > original:
-            _warn_long_frequencies(self.window, original)
+        parameters = getattr(text_config, "rope_parameters", None) or {}
+        for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):  # or by layer type
+            original = rope.get("original_max_position_embeddings")
+            if rope.get("rope_type") == "longrope" and original and self.window is not None and self.window > original:
+                _warn_long_frequencies(self.window, original)
         return self
 
 
