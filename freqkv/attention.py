@@ -25,7 +25,7 @@ from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
-from freqkv.ragged import RaggedCall, RaggedRound
+from freqkv.ragged import Packing, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Segment
 
@@ -351,7 +351,7 @@ class _AttentionForward(_Wrapper):
         parts: list[Segment | RaggedRound] = [
             *(ragged.rounds if ragged is not None else schedule.segments(seen, total))
         ]
-        outputs = []
+        outputs, taken = [], []
         for number, part in enumerate(parts):
             if isinstance(part, Segment):
                 start, stop = max(part.start - (total - tokens), 0), part.stop - (total - tokens)
@@ -361,7 +361,10 @@ class _AttentionForward(_Wrapper):
                 call = {**call, **self._placed(call, part, rotation, stop - start)}
             else:
                 packing = part.packing(tokens, hidden_states.device)
+                if packing.empty:
+                    continue
                 call = _per_token(kwargs, tokens, packing.pack)
+                taken.append(packing)
                 call = {**call, **self._placed_ragged(call, part, rotation)}
             if self.layer.reads_shared:
                 shared_kv.show(number)
@@ -375,28 +378,12 @@ class _AttentionForward(_Wrapper):
                 shared_kv.keep(total, last=number == len(parts) - 1)
             outputs.append(output)
         if ragged is not None:
-            return self._unpacked(outputs, ragged, hidden_states)
+            return _unpacked(outputs, taken, hidden_states)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
             return torch.cat(outputs, dim=1)
         return torch.cat([output[0] for output in outputs], dim=1), *_besides(outputs)
-
-    def _unpacked(self, outputs: list[Any], ragged: RaggedCall, hidden_states: Tensor) -> Any:
-        """What the rounds returned, each token where it stood; zeros for padding."""
-        tokens = hidden_states.shape[1]
-        firsts = [output if isinstance(output, Tensor) else output[0] for output in outputs]
-        whole = [part.packing(tokens, hidden_states.device).whole for part in ragged.rounds]
-        if whole == [True]:
-            together = firsts[0]
-        else:
-            width = firsts[0].shape[-1] if firsts else hidden_states.shape[-1]
-            together = hidden_states.new_zeros(*hidden_states.shape[:2], width)
-            for part, first in zip(ragged.rounds, firsts, strict=True):
-                part.packing(tokens, hidden_states.device).unpack(first, together)
-        if not outputs:
-            return together, None
-        return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, whole == [True]))
 
     def _aligns(self, part: Segment | RaggedRound) -> bool:
         """Whether the attention implementation wants the last entries of all rows in the last place."""
@@ -825,7 +812,7 @@ def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int]
     """Arguments with `take` applied to whatever has an axis of tokens, whatever it is called; all else passed on."""
 
     def taken(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name == "attention_mask":
             return {inner: taken(inner, entry) for inner, entry in value.items()}
         if not isinstance(value, Tensor) or name == "position_embeddings":
             return value  # slots replace the embeddings
@@ -834,6 +821,20 @@ def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int]
         return value if axis is None else take(value, axis)
 
     return {name: taken(name, value) for name, value in kwargs.items()}
+
+
+def _unpacked(outputs: list[Any], packings: list[Packing], hidden_states: Tensor) -> Any:
+    """What the rounds returned, each token where it stood; zeros for padding."""
+    if not outputs:  # nothing but padding
+        return torch.zeros_like(hidden_states), None
+    firsts = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+    whole = [packing.whole for packing in packings] == [True]
+    together = firsts[0]
+    if not whole:
+        together = together.new_zeros(*hidden_states.shape[:2], together.shape[-1])
+        for packing, first in zip(packings, firsts, strict=True):
+            packing.unpack(first, together)
+    return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, whole))
 
 
 def _besides(outputs: list[Any], weights: bool = False) -> Iterator[Any]:

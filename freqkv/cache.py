@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -414,6 +416,62 @@ class FreqKVCache(SegmentedCache):
         states[:] = [function(state) if isinstance(state, Tensor) else state for state in states]
         if self._last_real is not None:
             self._last_real = function(self._last_real)
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write what the cache holds to one safetensors file, whose size does not depend on how many tokens were seen.
+
+        It is written beside `path` and takes its name when it is complete. What was recorded for :meth:`crop` is not
+        stored.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A file; one that exists is replaced.
+        model : PreTrainedModel, optional
+            The model that filled the cache, so that the file tells it from others of the same shape.
+
+        Raises
+        ------
+        RuntimeError
+            If the cache is spent or within a forward.
+        ValueError
+            If the cache was not made for this model.
+        UnsupportedModelError
+            If a layer is of a kind of which FreqKV does not know what to store.
+        OSError
+            If the file cannot be written; one that was there before is still there.
+        """
+        from freqkv.serialization import save_cache
+
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: PreTrainedModel, *, compressor: Compressor | None = None
+    ) -> FreqKVCache:
+        """A cache with what :meth:`save` wrote, on the devices of the model's layers.
+
+        Parameters
+        ----------
+        path : str or PathLike
+        model : PreTrainedModel
+            The model that filled the cache.
+        compressor : callable, optional
+            The one that the cache was filled with, if it is not one of FreqKV's own.
+
+        Raises
+        ------
+        CacheFileError
+            If the file is damaged, was written by something else, or does not belong to this model (type, shape, kinds of
+            layers, dtype, weights) or compressor. A ValueError; see `freqkv.serialization`.
+        TypeError
+            If `model` is no model, or `compressor` cannot be called.
+        OSError
+            If the file cannot be read.
+        """
+        from freqkv.serialization import load_cache
+
+        return load_cache(cls, path, model, compressor)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, for beam search."""

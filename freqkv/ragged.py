@@ -54,14 +54,15 @@ class Packing:
         `(rows, 1)` and `(rows, width)`: the token at each place of the packed batch; any other token where there is none.
     real : Tensor
         `(rows, width)` bool: whether there is one.
-    whole : bool
-        Whether the packed batch is the call as it is.
+    whole, empty : bool
+        Whether the packed batch is the call as it is; whether it has no token at all.
     """
 
     rows: Tensor
     columns: Tensor
     real: Tensor
     whole: bool
+    empty: bool
 
     def pack(self, value: Tensor, axis: int) -> Tensor:
         """The tokens of the round from an argument whose axis `axis` is that of tokens."""
@@ -76,7 +77,7 @@ class Packing:
     def unpack(self, packed: Tensor, into: Tensor) -> None:
         """Write `(rows, width, dim)` to its places in `(batch, tokens, dim)`."""
         rows = self.rows.expand_as(self.columns)
-        into[rows[self.real], self.columns[self.real]] = packed[self.real].to(into.dtype)
+        into[rows[self.real], self.columns[self.real]] = packed[self.real]
 
 
 class RaggedRound:
@@ -115,7 +116,7 @@ class RaggedRound:
         columns = columns.clamp(min=0)
         plain = self.everyone and self.width == last and bool(real.all())
         whole = plain and torch.equal(columns, torch.arange(last).expand_as(columns))
-        return Packing(rows.to(device), columns.to(device), real.to(device), whole)
+        return Packing(rows.to(device), columns.to(device), real.to(device), whole, not real.any())
 
     def _places(self, stops: Tensor) -> tuple[Tensor, Tensor]:
         """`(rows, width)`: numbers that end at `stops`, right-aligned, and which of them are tokens."""
