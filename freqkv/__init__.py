@@ -6,11 +6,13 @@ from freqkv.cache import FreqKVCache, UnsupportedModelError
 from freqkv.compressors import Compressor, keep_recent, low_pass_entries, mean_pool
 from freqkv.config import FreqKVConfig
 from freqkv.schedule import Fold, Schedule, Segment
+from freqkv.serialization import CacheFileError
 from freqkv.transform import dct, idct, low_pass
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFileError",
     "Compressor",
     "Fold",
     "FreqKVCache",
