@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -519,11 +519,12 @@ class _ModelForward(_Wrapper):
             return self.original(**kwargs)  # raises in its own words
         real = self._check_inputs(kwargs, inputs, cache)
         extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
-        token = _OUTER.set(_Outer(extra, real))
-        try:
-            return self.original(**kwargs) if cache is None else self._in_forward(cache, inputs.shape[1], real, kwargs)
-        finally:
-            _OUTER.reset(token)
+        # Set in a context of its own: an interrupt, wherever it falls, cannot leave it set.
+        return copy_context().run(self._inside, _Outer(extra, real), cache, inputs.shape[1], kwargs)
+
+    def _inside(self, outer: _Outer, cache: FreqKVCache | None, tokens: int, kwargs: dict[str, Any]) -> Any:
+        _OUTER.set(outer)
+        return self.original(**kwargs) if cache is None else self._in_forward(cache, tokens, outer.real, kwargs)
 
     def _makes_one(self, cache: Any) -> bool:
         """Whether the numbers hold for a call with this cache."""
@@ -540,6 +541,7 @@ class _ModelForward(_Wrapper):
         return output
 
     def _check_cache(self, cache: FreqKVCache) -> None:
+        cache.check_usable()
         for what, expected in self.shared.geometry.items():
             if cache.geometry[what] != expected:
                 raise ValueError(
@@ -774,6 +776,8 @@ class _PrepareCacheForGeneration(_Wrapper):
             and generation_config.cache_implementation is None
         ):
             model_kwargs["past_key_values"] = self.shared.new_cache()
+            if generation_config.is_assistant:  # its drafts may be rejected
+                model_kwargs["past_key_values"].activate_past_recording()
         return self.original(generation_config, model_kwargs, *args, **kwargs)
 
 

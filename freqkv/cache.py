@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import os
 import sys
 from collections.abc import Callable
@@ -175,6 +176,7 @@ class FreqKVCache(SegmentedCache):
         self.ragged: RaggedCall | None = None
         self._padding = 0  # tokens seen, less those of the longest row
         self._last_real: Tensor | None = None
+        self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
 
     @property
@@ -237,11 +239,7 @@ class FreqKVCache(SegmentedCache):
         RuntimeError
             If an earlier forward broke off after tokens had entered some layer.
         """
-        if self.is_spent:
-            raise RuntimeError(
-                "this FreqKVCache is spent: a forward was interrupted half-way and its layers no longer agree "
-                f"({sorted({layer.seen for layer in self._compressed})} tokens seen). Call cache.reset() and start again"
-            )
+        self.check_usable()
         layer = self._compressed[0]
         self.ragged = None
         if real is not None or layer.rows is not None:
@@ -255,10 +253,21 @@ class FreqKVCache(SegmentedCache):
             else:
                 for each in self._compressed:
                     each.level()
+        if real is None and self._padding and layer.keys is not None:
+            real = torch.ones(layer.keys.shape[0], tokens, dtype=torch.bool)
         self._last_real = real if self._padding or self.ragged is not None else None
+        self._began = layer._seen, layer.rows
         self.forward_start = self.tokens_seen
         self.forward_tokens = tokens
         self._touched = False
+
+    def check_usable(self) -> None:
+        """Raise RuntimeError if an earlier forward broke off after tokens had entered some layer."""
+        if self.is_spent:
+            raise RuntimeError(
+                "this FreqKVCache is spent: a forward was interrupted half-way and its layers no longer agree "
+                f"({sorted({layer.seen for layer in self._compressed})} tokens seen). Call cache.reset() and start again"
+            )
 
     def end_forward(self) -> None:
         """Note that the forward came to its end.
@@ -294,8 +303,8 @@ class FreqKVCache(SegmentedCache):
     @property
     def is_spent(self) -> bool:
         """Whether an interrupted forward left the cache unusable until :meth:`reset`."""
-        interrupted = self.forward_start is not None and self._touched
         first = self._compressed[0]
+        interrupted = self.forward_start is not None and (self._touched or (first._seen, first.rows) != self._began)
         return interrupted or any(
             (layer._seen, layer.rows) != (first._seen, first.rows) or not layer.intact for layer in self._compressed
         )
@@ -356,6 +365,7 @@ class FreqKVCache(SegmentedCache):
             See :meth:`FreqKVLayer.crop`, and transformers' layers: one that slides or recurs cannot go back without
             past recording.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         if self._extra_state is not None and tokens_to_remove:
             raise RuntimeError("this model's linear attention keeps no past: its cache cannot be cropped")
         target = self._rows_before(tokens_to_remove)
@@ -399,6 +409,10 @@ class FreqKVCache(SegmentedCache):
 
     def reset(self) -> None:
         """Forget all tokens; buffers stay allocated."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, FreqKVLayer):
+                layer.keys = layer.values = None  # older versions of transformers zero them, and keep their length
+                layer.is_initialized = False
         super().reset()
         self._reset_extra_state()
         self.withdraw()

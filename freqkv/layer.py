@@ -5,6 +5,7 @@ It knows the schedule, the compressor and rotations, and nothing of models.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,15 @@ class Entering:
     tokens: Segment | RaggedRound
     rotation: SlotRotation
     aligned: bool = False
+
+
+@dataclass
+class Past:
+    """Entries from before the last fold of each row, and how many tokens had entered then; None where there was none."""
+
+    tokens: list[int | None]
+    keys: Tensor
+    values: Tensor
 
 
 class FreqKVLayer(CacheLayerMixin):
@@ -70,7 +80,7 @@ class FreqKVLayer(CacheLayerMixin):
         self.rows: list[int] | None = None
         self.intact = True
         self.record_past = False
-        self._past: tuple[int, Tensor, Tensor] | None = None
+        self._past: Past | None = None
         self._owns_buffer = False  # else keys and values may be part of a graph, and are never written to
 
     @property
@@ -134,7 +144,7 @@ class FreqKVLayer(CacheLayerMixin):
             return self._update_ragged(key_states, value_states, tokens, rotation, entering.aligned)
         self._check(key_states, value_states, key_states.shape[0])
         if tokens.fold is not None:
-            self._record()
+            self._record(key_states.shape[0])
         if self.preallocate and not torch.is_grad_enabled():
             self._ensure_buffer(key_states, value_states, key_states.shape[0])
             assert self.keys is not None
@@ -173,7 +183,7 @@ class FreqKVLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         if tokens.fold is not None:
-            self._record()
+            self._record(tokens.batch, tokens.folding(device))
         if torch.is_grad_enabled():  # the graph needs the entries as they are
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if tokens.fold is not None:
@@ -316,10 +326,22 @@ class FreqKVLayer(CacheLayerMixin):
         """
         self.record_past = True
 
-    def _record(self) -> None:
-        if self.record_past and self.rows is None:
+    def _record(self, batch: int, rows: Tensor | None = None) -> None:
+        """Before a fold of `rows` (None for all), keep their entries."""
+        if not self.record_past:
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        tokens = self.row_tokens(batch)
+        if rows is None:
             keys, values = self._held()
-            self._past = self.seen, keys.detach().clone(), values.detach().clone()
+            self._past = Past(list(tokens), keys.detach().clone(), values.detach().clone())
+            return
+        if self._past is None or self._past.keys.shape != self.keys.shape:
+            self._past = Past([None] * batch, self.keys.detach().clone(), self.values.detach().clone())
+        self._past.keys[rows], self._past.values[rows] = self.keys[rows].detach(), self.values[rows].detach()
+        for row in rows.tolist():
+            self._past.tokens[row] = tokens[row]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of each row.
@@ -331,45 +353,46 @@ class FreqKVLayer(CacheLayerMixin):
         RuntimeError
             If a compression lies among them and what was there before it was not recorded.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         self.rewind(self._seen + tokens_to_remove if self.rows is None else [n + tokens_to_remove for n in self.rows])
 
     def rewind(self, target: int | list[int]) -> None:
         """Go back to when `target` tokens had entered, a number for all rows or one for each; see :meth:`crop`."""
-        pairs = (
-            [(self._seen, target)]
-            if isinstance(target, int)
-            else list(zip(self.row_tokens(len(target)), target, strict=True))
-        )
-        if any(after < 0 for _, after in pairs):
-            raise ValueError(f"cannot remove {max(before - after for before, after in pairs)} of {self.seen} tokens")
-        over = any(self.schedule.compressions(after) != self.schedule.compressions(before) for before, after in pairs)
+        batch = len(target) if isinstance(target, list) else 1 if self.keys is None else self.keys.shape[0]
+        before, after = self.row_tokens(batch), [target] * batch if isinstance(target, int) else target
+        removed = max(b - a for b, a in zip(before, after, strict=True))
+        if min(after) < 0:
+            raise ValueError(f"cannot remove {removed} of {self.seen} tokens")
+        compressions = self.schedule.compressions
+        over = [row for row in range(batch) if compressions(after[row]) != compressions(before[row])]
         past = self._past
-        if over and not (
-            past is not None
-            and isinstance(target, int)
-            and self.schedule.compressions(past[0]) == self.schedule.compressions(target)
-        ):
-            removed = max(before - after for before, after in pairs)
-            raise RuntimeError(
-                f"cannot remove {removed} tokens: the cache was compressed since, and the entries from before are gone. Keep a "
-                "copy (copy.deepcopy(cache)) to return to, or call cache.activate_past_recording() before"
-            )
+        for row in over:
+            recorded = None if past is None else past.tokens[row]
+            if recorded is None or compressions(recorded) != compressions(after[row]):
+                raise RuntimeError(
+                    f"cannot remove {removed} tokens: the cache was compressed since, and the entries from before are gone. "
+                    "Keep a copy (copy.deepcopy(cache)) to return to, or call cache.activate_past_recording() before: it keeps "
+                    "what was there before the last compression"
+                )
         if over and past is not None:
-            self._seen = past[0]
+            assert self.keys is not None
+            assert self.values is not None
+            held = past.keys.shape[2]
             if self._owns_buffer:
-                assert self.keys is not None
-                assert self.values is not None
-                self.keys[:, :, : past[1].shape[2]] = past[1]
-                self.values[:, :, : past[2].shape[2]] = past[2]
+                self.keys[over, :, :held], self.values[over, :, :held] = past.keys[over], past.values[over]
+            elif len(over) == batch:
+                self.keys, self.values = past.keys, past.values
             else:
-                self.keys, self.values = past[1], past[2]
-        if isinstance(target, int):
-            self._seen, self.rows = target, None
-        else:
-            self.rows = target
+                raise RuntimeError(
+                    "cannot remove tokens of some rows over a compression while autograd needs the entries"
+                )
         self._past = None
+        if len(set(after)) == 1:
+            self._seen, self.rows = after[0], None
+        else:
+            self.rows = list(after)
         if self.keys is not None and not self._owns_buffer:
             self.keys, self.values = self._held()
 
@@ -396,7 +419,9 @@ class FreqKVLayer(CacheLayerMixin):
         if self.rows is not None:
             self.rows = rows(self.rows)
         if self._past is not None:
-            self._past = self._past[0], tensors(self._past[1]), tensors(self._past[2])
+            past = self._past
+            places = rows(list(range(len(past.tokens))))
+            self._past = Past([past.tokens[place] for place in places], tensors(past.keys), tensors(past.values))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.entries}/{self.schedule.window} entries, {self.seen} tokens seen)"
