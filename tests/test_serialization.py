@@ -20,9 +20,9 @@ from safetensors import safe_open
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import freqkv
-from freqkv import FreqKVCache, FreqKVConfig, UnsupportedModelError, serialization
+from freqkv import CacheFileError, FreqKVCache, FreqKVConfig, UnsupportedModelError, serialization
 from freqkv.layer import FreqKVLayer
-from freqkv.serialization import METADATA_KEY, CacheFileError
+from freqkv.serialization import METADATA_KEY
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -281,6 +281,22 @@ def test_what_was_recorded_to_crop_is_left_out(family, tmp_path):
         fed(model, 2, 1, each)
         fed(model, 2 * N, 1, each, seed=3)
     assert_go_on_alike(model, plain, reloaded(cache, model, tmp_path), tmp_path)
+
+
+def test_only_new_tokens_after_loading(tmp_path):
+    """As the README says: the text of the conversation is not needed. A cache that `generate` made will do, too."""
+    options = {"max_new_tokens": N, "do_sample": False}
+    prompt, new = tokens(N + 5), tokens(7, seed=5)
+    with freqkv.patch(MODEL, CONFIG):
+        output = MODEL.generate(prompt, return_dict_in_generate=True, **options)
+    cache = output.past_key_values
+    turn = torch.cat([output.sequences, new], 1)
+    loaded = reloaded(cache, MODEL, tmp_path)
+    fresh = turn[:, cache.tokens_seen :]
+    mask = fresh.new_ones(turn.shape)
+    answer = MODEL.generate(fresh, attention_mask=mask, past_key_values=loaded, **options)
+    expected = MODEL.generate(turn, past_key_values=cache, **options)
+    assert torch.equal(answer[:, fresh.shape[1] :], expected[:, turn.shape[1] :])
 
 
 def test_generate_goes_on(tmp_path):
