@@ -424,13 +424,6 @@ class FreqKVCache(SegmentedCache):
         if self._extra_state is not None:
             setattr(self, self._extra_state, NoneBeyond())
 
-    def _take(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Of what is kept beside the layers."""
-        states = getattr(self, self._extra_state) if self._extra_state is not None else []
-        states[:] = [function(state) if isinstance(state, Tensor) else state for state in states]
-        if self._last_real is not None:
-            self._last_real = function(self._last_real)
-
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
         """Write what the cache holds to one safetensors file, whose size does not depend on how many tokens were seen.
 
@@ -489,18 +482,24 @@ class FreqKVCache(SegmentedCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, for beam search."""
-        Cache.reorder_cache(self, beam_idx)
-        self._take(lambda state: state[beam_idx.to(state.device)])
+        self._take(Cache.reorder_cache, beam_idx, lambda state: state[beam_idx.to(state.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        Cache.batch_repeat_interleave(self, repeats)
-        self._take(lambda state: state.repeat_interleave(repeats, dim=0))
+        self._take(Cache.batch_repeat_interleave, repeats, lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
-        Cache.batch_select_indices(self, indices)
-        self._take(lambda state: state[indices.to(state.device)])
+        self._take(Cache.batch_select_indices, indices, lambda state: state[indices.to(state.device)])
+
+    def _take(self, of_layers: Callable[[Cache, Any], None], what: Any, of_rest: Callable[[Tensor], Tensor]) -> None:
+        columns = self.tokens_seen
+        of_layers(self, what)
+        self._padding = columns - self._compressed[0].seen  # the longest row may be another one now
+        states = getattr(self, self._extra_state) if self._extra_state is not None else []
+        states[:] = [of_rest(state) if isinstance(state, Tensor) else state for state in states]
+        if self._last_real is not None:
+            self._last_real = of_rest(self._last_real)
 
     def __repr__(self) -> str:
         numbers = self.config

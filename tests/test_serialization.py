@@ -450,14 +450,13 @@ def test_any_changed_byte(saved):
     """In the header each, in the tensors some."""
     data = saved.read_bytes()
     body = 8 + int.from_bytes(data[:8], "little")
-    for place in [*range(body), *range(body, len(data), 97), len(data) - 1]:
-        for flip in (1, 0xFF):
-            changed = bytearray(data)
-            changed[place] ^= flip
-            saved.write_bytes(changed)
-            with pytest.raises(CacheFileError, match=r"Take another copy of it|format version|no cache of FreqKV"):
-                FreqKVCache.load(saved, MODEL)
-    saved.write_bytes(data)
+    with saved.open("r+b", buffering=0) as file:  # in place: to write the whole file anew takes ten times as long
+        for place in [*range(body), *range(body, len(data), 97), len(data) - 1]:
+            for changed in (data[place] ^ 1, data[place] ^ 0xFF, data[place]):
+                file.seek(place)
+                file.write(bytes([changed]))
+                if changed != data[place]:
+                    refused(saved, MODEL, r"Take another copy of it|has format version|no cache of FreqKV")
     assert FreqKVCache.load(saved, MODEL).tokens_seen == 2 * N + 3
 
 
