@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -306,7 +307,9 @@ class _Analyst:
                 )
             return self._verdicts[key]
         with _weights_present(self.model, layer.name):
-            device = _execution_device(self.model, layer.name) or next(module.parameters()).device
+            # Quantized modules may have no parameters.
+            held = next(itertools.chain(module.parameters(), module.buffers(), self.model.parameters()), torch.empty(0))
+            device = _execution_device(self.model, layer.name) or held.device
             return self._measure(layer, module, self.model.dtype, device)
 
     def _measure(

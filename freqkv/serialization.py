@@ -103,6 +103,8 @@ def load_cache(
         _check_weights(path, info, model)
         try:
             _fill(cache, info, tensors, devices)
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError, and not the file's fault
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise _damaged(path, f"its header and its tensors contradict each other ({error!r})") from error
     return cache

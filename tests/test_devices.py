@@ -242,20 +242,7 @@ def quantized(model):
 
 
 @pytest.mark.skipif(not hasattr(torch, "ao"), reason="this torch cannot quantize by itself")
-@pytest.mark.parametrize(
-    "first",
-    [
-        "patch",
-        pytest.param(
-            "quantize",
-            marks=pytest.mark.xfail(
-                raises=freqkv.UnsupportedModelError,
-                strict=True,
-                reason="the calibration asks the parameters of an attention module for their device, and there are none",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("first", ["patch", "quantize"])
 def test_quantized_linears(first, model):
     """Their scales are those of a whole call, so that a text in one call and token by token agree to these only."""
     if first == "patch":
