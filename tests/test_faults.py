@@ -153,7 +153,7 @@ def test_a_call_that_breaks_off_at_any_module(family, call):
 def test_whatever_breaks_it_off(call, error):
     case = Case(patched("llama"), call)
     outcomes = []
-    for place in range(0, 60, 4):
+    for place in range(0, 60, 7):
         cache = copy.deepcopy(case.cache)
         assert run_broken(case, cache, Breaker(place, error))
         outcomes.append(case.outcome(cache))
@@ -239,7 +239,7 @@ def updates(file, function):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_that_breaks_off_at_any_line_that_changes_the_cache(call):
-    outcomes = break_at_lines(Case(patched("llama"), call), updates, most=60)
+    outcomes = break_at_lines(Case(patched("llama"), call), updates, most=40)
     assert {"not made", "spent"} <= {*outcomes.values()}
 
 
@@ -251,7 +251,7 @@ def test_a_call_that_breaks_off_at_lines_of_the_whole_library(call):
 
 @pytest.mark.parametrize("call", ["uniform, beyond", "uniform, prompt", "ragged, beyond"])
 def test_the_same_with_a_single_layer(call):
-    break_at_lines(Case(patched("llama", layers=1), call), updates, most=300)
+    break_at_lines(Case(patched("llama", layers=1), call), updates, most=120)
 
 
 def test_an_interrupt_in_the_wrapper_of_the_model_harms_no_later_call():
