@@ -266,9 +266,13 @@ class _Analyst:
             return None  # some other part of a layer that takes the cache as well
         except _NotAsked as asked:
             raise self.refuse(f"needs more of a cache than keys and values in {name}: {asked}") from None
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except ValueError as error:
+            raise self.refuse(f"rotates what {name} caches in a way that FreqKV does not know: {error}") from error
         except Exception as error:
             raise self.refuse(
-                f"rotates what {name} caches in a way that FreqKV does not know ({type(error).__name__}: {error})"
+                f"could not be looked at: {name}, run by itself, raised {type(error).__name__}: {error}"
             ) from error
         return replace(layer, rotation=rotation, keeps_state=keeps_state)
 

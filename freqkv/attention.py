@@ -486,9 +486,11 @@ def _is_segments(name: Any) -> bool:
 class _Outer:
     """While a model around the decoder runs: what it was called with.
 
-    Attributes: the names of arguments that are no text, and what of the tokens is no padding (None for all).
+    Attributes: the wrappers' own `shared`, which tells one patched model from another that runs inside it, the names of
+    arguments that are no text, and what of the tokens is no padding (None for all).
     """
 
+    shared: _Shared
     inputs: set[str]
     real: Tensor | None
 
@@ -510,7 +512,7 @@ class _ModelForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if _OUTER.get() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
+        if self._outer() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
             return self.original(**kwargs)
         if isinstance(cache, FreqKVCache):
             self._check_cache(cache)
@@ -520,11 +522,16 @@ class _ModelForward(_Wrapper):
         real = self._check_inputs(kwargs, inputs, cache)
         extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
         # Set in a context of its own: an interrupt, wherever it falls, cannot leave it set.
-        return copy_context().run(self._inside, _Outer(extra, real), cache, inputs.shape[1], kwargs)
+        return copy_context().run(self._inside, _Outer(self.shared, extra, real), cache, inputs.shape[1], kwargs)
 
     def _inside(self, outer: _Outer, cache: FreqKVCache | None, tokens: int, kwargs: dict[str, Any]) -> Any:
         _OUTER.set(outer)
         return self.original(**kwargs) if cache is None else self._in_forward(cache, tokens, outer.real, kwargs)
+
+    def _outer(self) -> _Outer | None:
+        """The call of a model around this one, if there is one."""
+        outer = _OUTER.get()
+        return outer if outer is not None and outer.shared is self.shared else None
 
     def _makes_one(self, cache: Any) -> bool:
         """Whether the numbers hold for a call with this cache."""
@@ -561,6 +568,11 @@ class _ModelForward(_Wrapper):
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
         rows = None if cache is None else cache.row_tokens
+        if rows is not None and len(rows) != batch:
+            raise ValueError(
+                f"this FreqKVCache holds {len(rows)} rows, the input has {batch}: a cache serves the batch that filled it. Make "
+                "one for each batch, or call reset()"
+            )
         return _real_tokens(kwargs.get("attention_mask"), batch, seen, tokens, rows)
 
 
@@ -598,7 +610,7 @@ class _DecoderForward(_ModelForward):
             if cache is None:
                 output = self.original(**kwargs)
                 return output if aligned is None else aligned.undo(output)
-            if cache.forward_start is not None and _OUTER.get() is not None:
+            if cache.forward_start is not None and self._outer() is not None:
                 cache.forward_tokens = tokens  # images may have become more tokens on the way
                 return self.original(**kwargs)
             return self._in_forward(cache, tokens, real, kwargs)
@@ -614,7 +626,7 @@ class _DecoderForward(_ModelForward):
         if inputs is None or (kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens: int = inputs.shape[1]
-        outer = _OUTER.get()
+        outer = self._outer()
         if outer is None:
             if cache is not None:
                 self._check_cache(cache)

@@ -146,10 +146,10 @@ class FreqKVCache(SegmentedCache):
         self.geometry = geometry(model_config)
         layers: list[Any] = DynamicCache(config=model_config).layers
         text_config = model_config.get_text_config(decoder=True)
-        crossing = getattr(text_config, "cross_attention_layers", None) or ()
+        self._crossing = frozenset(getattr(text_config, "cross_attention_layers", None) or ())  # these hold images
         for index, layer in enumerate(layers):
-            if index in crossing:
-                continue  # holds images, or nothing
+            if index in self._crossing:
+                continue
             if type(layer) is DynamicLayer:
                 layers[index] = FreqKVLayer(self.config, self.compressor)
             elif type(layer) is LinearAttentionAndFullAttentionLayer:
@@ -175,7 +175,8 @@ class FreqKVCache(SegmentedCache):
         self.forward_tokens = 0
         self.ragged: RaggedCall | None = None
         self._padding = 0  # tokens seen, less those of the longest row
-        self._last_real: Tensor | None = None
+        self._entering_real: Tensor | None = None  # what is no padding, of this call
+        self._last_real: Tensor | None = None  # and of the one before
         self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
 
@@ -190,7 +191,10 @@ class FreqKVCache(SegmentedCache):
         layer = self._compressed[0]
         if layer.rows is not None:
             return list(layer.rows)
-        return None if self._padding == 0 or layer.keys is None else [layer.seen] * layer.keys.shape[0]
+        if self._padding == 0:
+            return None
+        held = self._last_real if layer.keys is None else layer.keys  # nothing but padding came so far
+        return None if held is None else [layer.seen] * held.shape[0]
 
     @property
     def entries(self) -> int:
@@ -253,9 +257,9 @@ class FreqKVCache(SegmentedCache):
             else:
                 for each in self._compressed:
                     each.level()
-        if real is None and self._padding and layer.keys is not None:
-            real = torch.ones(layer.keys.shape[0], tokens, dtype=torch.bool)
-        self._last_real = real if self._padding or self.ragged is not None else None
+        if real is None and (padded := self.row_tokens) is not None:
+            real = torch.ones(len(padded), tokens, dtype=torch.bool)
+        self._entering_real = real if self._padding or self.ragged is not None else None
         self._began = layer._seen, layer.rows
         self.forward_start = self.tokens_seen
         self.forward_tokens = tokens
@@ -292,6 +296,7 @@ class FreqKVCache(SegmentedCache):
                 "says. Call cache.reset(), and report the model"
             )
         self._padding = columns - self._compressed[0].seen
+        self._last_real = self._entering_real
         self.forward_start = self.ragged = None
 
     def abort_forward(self) -> None:
@@ -376,10 +381,10 @@ class FreqKVCache(SegmentedCache):
                 if name in layer.__dict__:
                     setattr(layer, name, dict(getattr(layer, name)))
         try:
-            for layer in self.layers:
-                if isinstance(layer, FreqKVLayer) and target is not None:
-                    layer.rewind(target)
-                else:
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, FreqKVLayer):
+                    layer.crop(tokens_to_remove, target)
+                elif index not in self._crossing:
                     layer.crop(tokens_to_remove)
         except Exception:
             for layer, state in zip(self.layers, before, strict=True):

@@ -6,8 +6,9 @@ It knows the schedule, the compressor and rotations, and nothing of models.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ class Past:
     tokens: list[int | None]
     keys: Tensor
     values: Tensor
+
+
+@contextmanager
+def _outliving() -> Iterator[None]:
+    """For tensors that are kept: those made under `torch.inference_mode` could not be written to after it."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 class FreqKVLayer(CacheLayerMixin):
@@ -282,7 +291,7 @@ class FreqKVLayer(CacheLayerMixin):
             if usable:
                 buffers.append(stored)
                 continue
-            with torch.inference_mode(False):  # an inference tensor could not be written by a later call outside of it
+            with _outliving():
                 buffer = torch.zeros(shape, dtype=new.dtype, device=new.device)
             if entries is not None:
                 buffer[:, :, : entries.shape[2]] = entries if torch.is_grad_enabled() else entries.detach()
@@ -311,9 +320,9 @@ class FreqKVLayer(CacheLayerMixin):
         self.rows = None
         self.intact = True
         self._past = None
-        if not self._owns_buffer:
+        if self.keys is None or not self._owns_buffer or self.keys.is_inference():
             self.keys = self.values = None
-            self.is_initialized = False
+            self._owns_buffer = self.is_initialized = False
         else:  # rows that are shorter than others carry what lies behind their entries along, masked, but not if it is NaN
             for buffer in (self.keys, self.values):
                 assert buffer is not None
@@ -322,7 +331,7 @@ class FreqKVLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From now on keep a copy of the entries from before the last compression, so that :meth:`crop` can go back over it.
 
-        It takes at most another `window` entries, and is let go at the next :meth:`crop`.
+        It takes at most another `window` entries, and is let go once :meth:`crop` has gone back to it.
         """
         self.record_past = True
 
@@ -333,18 +342,26 @@ class FreqKVLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         tokens = self.row_tokens(batch)
-        if rows is None:
-            keys, values = self._held()
-            self._past = Past(list(tokens), keys.detach().clone(), values.detach().clone())
-            return
-        if self._past is None or self._past.keys.shape != self.keys.shape:
-            self._past = Past([None] * batch, self.keys.detach().clone(), self.values.detach().clone())
-        self._past.keys[rows], self._past.values[rows] = self.keys[rows].detach(), self.values[rows].detach()
+        with _outliving():
+            if rows is None:
+                keys, values = self._held()
+                self._past = Past(list(tokens), keys.detach().clone(), values.detach().clone())
+                return
+            if self._past is None or self._past.keys.shape != self.keys.shape or self._past.keys.is_inference():
+                self._past = Past([None] * batch, self.keys.detach().clone(), self.values.detach().clone())
+            self._past.keys[rows], self._past.values[rows] = self.keys[rows].detach(), self.values[rows].detach()
         for row in rows.tolist():
             self._past.tokens[row] = tokens[row]
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int, rows: list[int] | None = None) -> None:
         """Forget the last `-tokens_to_remove` tokens of each row.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            0 or less.
+        rows : list of int, optional
+            How many tokens each row goes back to, where some of those that are removed were padding.
 
         Raises
         ------
@@ -356,12 +373,15 @@ class FreqKVLayer(CacheLayerMixin):
         tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        self.rewind(self._seen + tokens_to_remove if self.rows is None else [n + tokens_to_remove for n in self.rows])
+        if rows is None:
+            batch = 1 if self.keys is None else self.keys.shape[0]
+            rows = [tokens + tokens_to_remove for tokens in self.row_tokens(batch)]
+        self._rewind(rows)
 
-    def rewind(self, target: int | list[int]) -> None:
-        """Go back to when `target` tokens had entered, a number for all rows or one for each; see :meth:`crop`."""
-        batch = len(target) if isinstance(target, list) else 1 if self.keys is None else self.keys.shape[0]
-        before, after = self.row_tokens(batch), [target] * batch if isinstance(target, int) else target
+    def _rewind(self, after: list[int]) -> None:
+        """Go back to when `after` tokens had entered each row. Tensors are replaced, not written to."""
+        batch = len(after)
+        before = self.row_tokens(batch)
         removed = max(b - a for b, a in zip(before, after, strict=True))
         if min(after) < 0:
             raise ValueError(f"cannot remove {removed} of {self.seen} tokens")
@@ -377,18 +397,18 @@ class FreqKVLayer(CacheLayerMixin):
                     "what was there before the last compression"
                 )
         if over and past is not None:
-            assert self.keys is not None
-            assert self.values is not None
-            held = past.keys.shape[2]
-            if self._owns_buffer:
-                self.keys[over, :, :held], self.values[over, :, :held] = past.keys[over], past.values[over]
-            elif len(over) == batch:
-                self.keys, self.values = past.keys, past.values
+            if len(over) == batch:
+                self.keys, self.values, self._past = past.keys, past.values, None
             else:
-                raise RuntimeError(
-                    "cannot remove tokens of some rows over a compression while autograd needs the entries"
-                )
-        self._past = None
+                assert self.keys is not None
+                assert self.values is not None
+                with _outliving():
+                    self._ensure_buffer(self.keys, self.values, batch)
+                    self.keys, self.values = self.keys.clone(), self.values.clone()
+                    held = past.keys.shape[2]
+                    self.keys[over, :, :held], self.values[over, :, :held] = past.keys[over], past.values[over]
+                left = [None if row in over else tokens for row, tokens in enumerate(past.tokens)]
+                self._past = replace(past, tokens=left)
         if len(set(after)) == 1:
             self._seen, self.rows = after[0], None
         else:
@@ -415,13 +435,14 @@ class FreqKVLayer(CacheLayerMixin):
     def _take(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[list[int]], list[int]]) -> None:
         if self.keys is None or self.values is None:
             return
-        self.keys, self.values = tensors(self.keys), tensors(self.values)
-        if self.rows is not None:
-            self.rows = rows(self.rows)
-        if self._past is not None:
-            past = self._past
-            places = rows(list(range(len(past.tokens))))
-            self._past = Past([past.tokens[place] for place in places], tensors(past.keys), tensors(past.values))
+        with _outliving():
+            self.keys, self.values = tensors(self.keys), tensors(self.values)
+            if self.rows is not None:
+                self.rows = rows(self.rows)
+            if self._past is not None:
+                past = self._past
+                places = rows(list(range(len(past.tokens))))
+                self._past = Past([past.tokens[place] for place in places], tensors(past.keys), tensors(past.values))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.entries}/{self.schedule.window} entries, {self.seen} tokens seen)"
@@ -451,9 +472,9 @@ class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.activate_past_recording(self)
         FreqKVLayer.activate_past_recording(self)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int, rows: list[int] | None = None) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
-        FreqKVLayer.crop(self, tokens_to_remove)
+        FreqKVLayer.crop(self, tokens_to_remove, rows)
 
     def _take(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[list[int]], list[int]]) -> None:
         FreqKVLayer._take(self, tensors, rows)

@@ -243,11 +243,13 @@ def find_rotation(
     Raises
     ------
     ValueError
-        If no known rotation explains the difference to the rounding of its dtype.
+        If no known rotation explains the difference to the rounding of its dtype, or all is zero.
     """
     streams: dict[Stream, tuple[Tensor, Tensor]] = {"keys": (raw[0], rotated[0]), "values": (raw[1], rotated[1])}
     moved = [name for name, (before, after) in streams.items() if not torch.equal(before, after)]
     if not moved:
+        if table is not None and not all(bool(t.any()) for t in raw):
+            raise ValueError("what it caches is all zero, and shows no rotation: load the weights first")
         return None
     if len(moved) == 2 or table is None:
         raise ValueError("both cached tensors depend on positions" if table is not None else "no rotary table is known")

@@ -419,6 +419,114 @@ def test_linear_layers_go_back_as_those_of_a_dynamic_cache():
     assert torch.equal(run(FreqKVCache(model.config, CONFIG)), expected)
 
 
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("family", ["falcon_h1", "zamba2"])
+@torch.no_grad()
+def test_layers_with_a_state_beside_padded_entries(record, family):
+    """The state goes back with the entries, as that of a DynamicCache does, or neither does."""
+    model = zoo.tiny_model(family)
+    ids, mask = padded([row.clamp(3, 99) for row in rows_of([4, 9])])
+    wrong, right = (tokens(n, 2, seed=n).clamp(3, 99) for n in (3, 2))
+
+    def longer(columns):
+        return torch.cat([mask, torch.ones(2, columns, dtype=torch.long)], 1)
+
+    def start(cache):
+        model(ids, attention_mask=mask, past_key_values=cache)
+        if record:
+            cache.activate_past_recording()
+        model(wrong, attention_mask=longer(3), past_key_values=cache)
+        return cache
+
+    def go_on(cache, columns):
+        return model(right, attention_mask=longer(columns), past_key_values=cache).logits
+
+    plain = start(DynamicCache(config=model.config))
+    if record:
+        plain.crop(-3)
+    expected = go_on(plain, 2 if record else 5)
+    freqkv.patch(model)
+    cache = start(FreqKVCache(model.config, CONFIG))
+    if record:
+        cache.crop(-3)
+    else:
+        with pytest.raises(RuntimeError):
+            cache.crop(-3)
+    assert cache.row_tokens == ([4, 9] if record else [7, 12])
+    assert torch.allclose(go_on(cache, 2 if record else 5), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_crop_after_a_call_that_failed():
+    """It goes by the padding of the last call that entered."""
+    ids, mask = padded(rows_of([4, 9]))
+    cache = FreqKVCache(MODEL.config, CONFIG)
+    MODEL(ids, attention_mask=mask, past_key_values=cache)
+    truth = copy.deepcopy(cache)
+    failing = torch.cat([mask, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])], 1)
+    with pytest.raises(IndexError):
+        MODEL(torch.full((2, 4), 10_000), attention_mask=failing, past_key_values=cache)
+    assert not cache.is_spent
+    for each in (cache, truth):
+        each.crop(-3)
+    assert cache.row_tokens == [1, 6]
+    assert same_from_here(cache, truth, exact=True)
+
+
+@pytest.mark.parametrize("lengths", [[N - 1, N - 1], [5, N - 1]])
+@torch.no_grad()
+def test_a_short_crop_keeps_the_recorded_past(lengths):
+    ids, mask = padded(rows_of(lengths))
+    cache, truth = (FreqKVCache(MODEL.config, CONFIG) for _ in range(2))
+    for each in (cache, truth):
+        MODEL(ids, attention_mask=mask, past_key_values=each)
+    cache.activate_past_recording()
+    MODEL(tokens(5, 2), past_key_values=cache)  # squeezes the longer rows
+    assert cache.compressions == 1
+    for removed in (0, -1, -1):
+        cache.crop(removed)
+        assert cache.compressions == 1
+    cache.crop(-3)
+    assert cache.compressions == 0
+    assert same_from_here(cache, truth, exact=True)
+
+
+@torch.no_grad()
+def test_a_crop_that_another_layer_refuses_changes_nothing():
+    """Also where entries from before a compression had been put back by then."""
+    model = zoo.tiny_model("gemma3_text")
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, CONFIG)
+    first, more = (tokens(n, 2, seed=n).clamp(3, 99) for n in (N, 2))
+    model(first, past_key_values=cache)
+    for layer in cache.layers:
+        if isinstance(layer, freqkv.layer.FreqKVLayer):
+            layer.activate_past_recording()
+    model(more[:, :1], past_key_values=cache)
+    cache.layers.reverse(), cache._compressed.reverse()  # a sliding layer, which cannot go back, comes last
+    truth = copy.deepcopy(cache)
+    with pytest.raises(RuntimeError, match="does not track past states"):
+        cache.crop(-1)
+    for each in (cache, truth):
+        each.layers.reverse(), each._compressed.reverse()
+    one, two = (model(more[:, 1:], past_key_values=each).logits for each in (cache, truth))
+    assert torch.equal(one, two)
+
+
+@torch.no_grad()
+def test_what_was_seen_of_an_image_is_no_text_to_remove():
+    """Cross-attention layers hold the image's entries, one each for a patch."""
+    model = zoo.tiny_model("mllama")
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, CONFIG)
+    crossing = model.config.get_text_config().cross_attention_layers[0]
+    model(tokens(9, 2).clamp(3, 99), past_key_values=cache)
+    cache.layers[crossing].update(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8))
+    cache.crop(-5)
+    assert cache.tokens_seen == 4
+    assert cache.layers[crossing].keys.shape[-2] == 4
+
+
 def test_a_plain_cache_of_a_patched_model_is_assisted_as_before():
     ids, options = tokens(N), {"max_new_tokens": N, "do_sample": False}
     expected = draft(0.0).generate(ids, **options)

@@ -573,6 +573,35 @@ def test_after_a_reset_a_cache_is_as_new(first, second):
         assert (cache.tokens_seen, cache.entries, cache.row_tokens) == (0, 0, None)
 
 
+@pytest.mark.parametrize("lengths", [[N + 9, N + 9], [3, 2 * N]])
+def test_what_was_done_in_inference_mode_can_be_gone_on_with_outside_of_it(lengths):
+    """Rows taken, a past recorded, copies: none of it leaves a cache that cannot be written to."""
+    ids, mask = padded(rows_of(lengths))
+    follow = tokens(N, 2, seed=9)
+
+    def through(cache, copied):
+        cache.activate_past_recording()
+        MODEL(ids, attention_mask=mask, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        MODEL(follow[:, :5], past_key_values=cache)
+        return copy.deepcopy(cache) if copied else cache
+
+    def after(cache):
+        with torch.no_grad():
+            cache.crop(-5)
+            first = MODEL(follow, past_key_values=cache).logits
+            cache.reset()
+            return first, MODEL(ids, attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected = after(through(new_cache(), False))
+    for copied in (False, True):
+        with torch.inference_mode():
+            cache = through(new_cache(), copied)
+        for one, two in zip(after(cache), expected, strict=True):
+            assert torch.equal(one, two)
+
+
 # A model that was patched with numbers
 
 

@@ -280,6 +280,67 @@ def test_masks_that_cannot_be():
     assert not cache.is_spent
 
 
+@torch.no_grad()
+def test_another_batch_is_refused_with_or_without_a_mask():
+    model = tiny_llama()
+    freqkv.patch(model)
+    ids, mask = padded(rows_of([4, 9]))
+    cache = FreqKVCache(model.config, CONFIG)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    for batch in (1, 3):
+        more = tokens(2, batch)
+        for given in (None, torch.ones(batch, 11, dtype=torch.long)):
+            with pytest.raises(ValueError, match=f"holds 2 rows, the input has {batch}"):
+                model(more, attention_mask=given, past_key_values=cache)
+    assert cache.row_tokens == [4, 9]
+    assert not cache.is_spent
+
+
+@torch.no_grad()
+def test_calls_of_nothing_but_padding():
+    """Before, between and after calls with tokens."""
+    model = tiny_llama()
+    freqkv.patch(model)
+    cache, mask = FreqKVCache(model.config, CONFIG), torch.zeros(2, 0, dtype=torch.long)
+    nothing, one, both = [[0] * 4] * 2, [[0] * 4, [1] * 4], [[0, 1, 1, 1], [1] * 4]
+    parts = []
+    for seed, part in enumerate([nothing, nothing, both, nothing, one, both, nothing]):
+        ids = tokens(4, 2, seed=seed)
+        parts.append((ids, torch.tensor(part)))
+        mask = torch.cat([mask, parts[-1][1]], 1)
+        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        if part is both:
+            last = logits[:, -1]
+            texts = [torch.cat([ids[row][real[row].bool()] for ids, real in parts]) for row in range(2)]
+            expected = torch.stack([alone(model, text)[-1] for text in texts])
+            assert torch.allclose(last, expected, atol=2e-4)
+        assert cache.row_tokens == mask.sum(1).tolist()
+
+
+@torch.no_grad()
+def test_a_patched_model_within_the_forward_of_another():
+    """Each keeps to its own padding."""
+    outer, inner = tiny_llama(), tiny_llama(seed=5)
+    for model in (outer, inner):
+        freqkv.patch(model)
+    ids, mask = padded(rows_of([4, 9]))
+    prompt = tokens(9, 2, seed=8)
+    expected = [
+        model(x, attention_mask=m, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+        for model, x, m in ((outer, ids, mask), (inner, prompt, None))
+    ]
+    got = []
+
+    def run_inner(*_):
+        got.append(inner(prompt, past_key_values=FreqKVCache(inner.config, CONFIG)).logits)
+
+    hooked = outer.model.layers[1].register_forward_pre_hook(run_inner)
+    whole = outer(ids, attention_mask=mask, past_key_values=FreqKVCache(outer.config, CONFIG)).logits
+    hooked.remove()
+    assert torch.equal(whole, expected[0])
+    assert torch.equal(got[0], expected[1])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "qwen3_next", "zaya", "gptj", "deepseek_v3"])
 @torch.no_grad()

@@ -92,3 +92,34 @@ def test_the_handle_tells_what_is_left_to_transformers():
     text = repr(freqkv.patch(zoo.tiny_model("gemma3_text")))
     assert "DynamicSlidingWindowLayer, left to transformers" in text
     assert "keys rotated in 16 channels, half pairing" in text
+
+
+def test_weights_that_are_not_there_yet():
+    """Keys of zeros would look as if nothing turned them."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.zero_()
+    with pytest.raises(freqkv.UnsupportedModelError, match="load the weights first"):
+        freqkv.patch(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_running_out_of_memory_says_nothing_of_the_model(error, monkeypatch):
+    model = tiny_llama()
+
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(model.model.layers[0].self_attn.k_proj, "forward", exhausted)
+    with pytest.raises(error):
+        freqkv.supported(model)
+
+
+def test_an_error_in_an_attention_module_is_told(monkeypatch):
+    model = tiny_llama()
+
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(model.model.layers[0].self_attn.k_proj, "forward", broken)
+    assert "self_attn, run by itself, raised RuntimeError: no such kernel" in freqkv.supported(model).reason
