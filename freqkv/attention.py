@@ -570,8 +570,8 @@ class _ModelForward(_Wrapper):
         rows = None if cache is None else cache.row_tokens
         if rows is not None and len(rows) != batch:
             raise ValueError(
-                f"this FreqKVCache holds {len(rows)} rows, the input has {batch}: a cache serves the batch that filled it. Make "
-                "one for each batch, or call reset()"
+                f"this FreqKVCache holds {len(rows)} rows, the input has {batch}: a cache serves the batch that filled it. "
+                "Make one for each batch, or call reset()"
             )
         return _real_tokens(kwargs.get("attention_mask"), batch, seen, tokens, rows)
 

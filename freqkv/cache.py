@@ -93,11 +93,13 @@ class FreqKVCache(SegmentedCache):
     compressor : callable, optional
         What squeezes a span, `(keys, values, keep) -> (keys, values)`; the low-pass by default. See
         `freqkv.compressors`.
+    offloading : bool
+        Refused; transformers' own caches take it.
 
     Raises
     ------
     TypeError, ValueError
-        If the numbers cannot work together.
+        If the numbers cannot work together, or `offloading` is asked for.
     UnsupportedModelError
         If the model has no full attention layer.
 
@@ -133,7 +135,13 @@ class FreqKVCache(SegmentedCache):
         retain_ratio: float | None = None,
         recent_tokens: int | None = None,
         compressor: Compressor | None = None,
+        offloading: bool = False,
     ) -> None:
+        if offloading:
+            raise ValueError(
+                "offloading=True: FreqKV does not move entries between devices. The cache never grows beyond its window: pass "
+                "a smaller window, or use transformers' DynamicCache(config=model.config, offloading=True)"
+            )
         if not hasattr(model_config, "get_text_config"):
             raise TypeError(
                 f"pass model.config of the model that will use the cache, not a {type(model_config).__name__}"

@@ -17,7 +17,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from models import tiny_llama, tokens
 from test_ragged import padded, rows_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, TorchAoConfig
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
@@ -235,6 +235,11 @@ def test_autocast(model):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() and grad.any() for grad in gradients)
 
 
+def test_offloading_is_refused(model):
+    with pytest.raises(ValueError, match=r"offloading=True.*smaller window"):
+        FreqKVCache(model.config, CONFIG, offloading=True)
+
+
 def quantized(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -259,6 +264,44 @@ def test_quantized_linears(first, model):
         steps = [other(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
         whole = other(ids, past_key_values=FreqKVCache(other.config, CONFIG)).logits
     assert (torch.cat(steps, 1) - whole).abs().max() < 0.2 * whole.abs().max()
+
+
+def quantization(kind):
+    if kind == "torchao int8":
+        return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    pytest.importorskip("bitsandbytes")
+    if kind == "bitsandbytes int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes int8", "bitsandbytes 4 bit", "torchao int8"])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_quantized_as_they_are_loaded(kind, tmp_path):
+    config = quantization(kind)
+    tiny_llama(head_dim=32).save_pretrained(tmp_path)
+    plain, other = (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, device_map="cpu", dtype="float32"
+        ).eval()
+        for _ in range(2)
+    )
+    freqkv.patch(other)
+    short, ids = tokens(N, 2), tokens(3 * N, 2)
+    with torch.no_grad():
+        assert torch.equal(
+            other(short, past_key_values=FreqKVCache(other.config, CONFIG)).logits,
+            plain(short, past_key_values=DynamicCache(config=plain.config)).logits,
+        )
+        reference = tiny_llama(head_dim=32)
+        freqkv.patch(reference)
+        expected = reference(ids, past_key_values=FreqKVCache(reference.config, CONFIG)).logits
+        whole = other(ids, past_key_values=FreqKVCache(other.config, CONFIG)).logits
+        cache = FreqKVCache(other.config, CONFIG)
+        steps = torch.cat([other(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
+    # bitsandbytes int8 quantizes inputs too, in float16 and by the scales of each call
+    assert (steps - whole).norm() < (0.1 if kind == "bitsandbytes int8" else 1e-3) * whole.norm()
+    assert 0 < (whole - expected).norm() < (0.5 if kind == "bitsandbytes 4 bit" else 0.15) * expected.norm()
 
 
 # Copies

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 import zoo
+from catching import Catcher, Caught, identity
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 import freqkv
 from freqkv import FreqKVCache
@@ -104,30 +104,9 @@ class Spy:
         return None if any(told is None for told in given) else torch.cat(given, dim=1)
 
 
-class Caught(Exception):  # noqa: N818
-    pass
-
-
-class Catcher(Cache):
-    """Keeps what a module wants to store in an empty cache."""
-
-    def __init__(self, layers):
-        super().__init__(layers=[LinearAttentionAndFullAttentionLayer() for _ in range(layers)])
-
-    def update(self, keys, values, *args, **kwargs):
-        raise Caught(keys, values)
-
-
-def identity(embeddings):
-    """No turn at all, in the shape of these."""
-    if isinstance(embeddings, torch.Tensor):
-        return torch.ones_like(embeddings)
-    return torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1])
-
-
 def unrotated(layer, spy):
     """What the module caches for the tokens of a call when its embeddings turn nothing."""
-    call = {**spy.calls[0], layer.cache_argument: Catcher(40)}
+    call = {**spy.calls[0], layer.cache_argument: Catcher()}
     if call.get("position_embeddings") is not None:
         call["position_embeddings"] = identity(call["position_embeddings"])
     elif call.get("position_ids") is not None:

@@ -289,9 +289,9 @@ def test_another_batch_is_refused_with_or_without_a_mask():
     model(ids, attention_mask=mask, past_key_values=cache)
     for batch in (1, 3):
         more = tokens(2, batch)
-        for given in (None, torch.ones(batch, 11, dtype=torch.long)):
+        for own in (None, torch.ones(batch, 11, dtype=torch.long)):
             with pytest.raises(ValueError, match=f"holds 2 rows, the input has {batch}"):
-                model(more, attention_mask=given, past_key_values=cache)
+                model(more, attention_mask=own, past_key_values=cache)
     assert cache.row_tokens == [4, 9]
     assert not cache.is_spent
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 import zoo
+from catching import Catcher, Caught, identity
 from test_method import stream
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
-from transformers.cache_utils import Cache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
@@ -176,27 +176,6 @@ def full_attention(model):
     return [module for module in modules if kinds is None or kinds[module.layer_idx] == FULL]
 
 
-class Caught(Exception):  # noqa: N818
-    pass
-
-
-class Catcher(Cache):
-    """Keeps what a module wants to store."""
-
-    def __init__(self):
-        super().__init__(layers=[])
-
-    def update(self, keys, values, *args, **kwargs):
-        raise Caught(keys, values)
-
-
-def unturned(embeddings):
-    """No turn and no scaling, in the shape of these."""
-    if isinstance(embeddings, torch.Tensor):
-        return torch.ones_like(embeddings)
-    return torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1])
-
-
 @torch.no_grad()
 def raw_entries(model, ids):
     """`(keys, values)` of each full attention layer before RoPE: its own forward, with embeddings that turn nothing."""
@@ -206,7 +185,7 @@ def raw_entries(model, ids):
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = "layer_past" if "layer_past" in call else "past_key_values"
         with pytest.raises(Caught) as entries:
-            module.forward(**{**call, "position_embeddings": unturned(call["position_embeddings"]), cache: Catcher()})
+            module.forward(**{**call, "position_embeddings": identity(call["position_embeddings"]), cache: Catcher()})
         caught.append(entries.value.args)
 
     for module in full_attention(model):
