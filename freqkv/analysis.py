@@ -104,6 +104,11 @@ class AttentionLayer:
     keeps_state: bool
     rule: FamilyRule
 
+    @property
+    def kind(self) -> Any:
+        """The same for layers that stand at slots in the same way."""
+        return self.rotary, self.positions, self.rotation, None if self.rule.key_scale is None else self.layer_idx
+
     def scale(self) -> Tensor | None:
         """By what it multiplies keys after rotation, `(head_dim,)`."""
         if self.rule.key_scale is None:

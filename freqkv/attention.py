@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import Packing, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
-from freqkv.schedule import Segment
+from freqkv.schedule import Schedule, Segment
 
 __all__ = ["Patch", "patch", "unpatch"]
 
@@ -178,23 +178,34 @@ class _Shared:
         self.analysis = analysis
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
+        self.kinds: dict[Any, int] = {}
         self._tables: dict[Any, tuple[Any, SlotTable]] = {}
+        self._rotations: dict[Any, SlotRotation] = {}
         self._masks: dict[Any, Any] = {}
+        self._see_all: frozenset[str] = frozenset()  # attention implementations that need no mask for a single token
 
     @property
     def makes_all_masks(self) -> bool:
         """Whether no layer needs a mask of the decoder."""
         return not self.analysis.others and not any(layer.hybrid for layer in self.analysis.layers)
 
-    def table(self, layer: AttentionLayer, window: int, device: torch.device) -> SlotTable | None:
-        """The slots of one layer; made anew when the rotary module, or what `model.to(...)` made of it, is another."""
-        if layer.rotary is None:
-            return None
-        key, version = (layer.rotary, window, device), layer.rotary.version()
-        known = self._tables.get(key)
-        if known is None or known[0] is not version:
-            known = self._tables[key] = version, layer.rotary.table(window, device)
-        return known[1]
+    def rotation(self, layer: AttentionLayer, kind: int, window: int, device: torch.device) -> SlotRotation:
+        """How a layer rotates at its slots; tables are made anew when its rotary module, or what `model.to(...)` made of
+        it, is another.
+        """
+        table = None
+        if layer.rotary is not None:
+            key, version = (layer.rotary, window, device), layer.rotary.version()
+            known = self._tables.get(key)
+            if known is None or known[0] is not version:
+                known = self._tables[key] = version, layer.rotary.table(window, device)
+            table = known[1]
+        scale = layer.scale()
+        place = kind, window, device
+        rotation = self._rotations.get(place)
+        if rotation is None or rotation.table is not table or rotation.scale is not scale:
+            rotation = self._rotations[place] = SlotRotation(table, layer.rotation, scale)
+        return rotation
 
     def mask(self, config: Any, hidden_states: Tensor, held: int, always: bool = False) -> Any:
         """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it.
@@ -202,7 +213,10 @@ class _Shared:
         It may be None where the implementation needs to be told no more than "causal", unless `always` asks for one.
         """
         tokens, dtype, device = hidden_states.shape[1], hidden_states.dtype, hidden_states.device
-        key = config._attn_implementation, tokens, held, dtype, device
+        attention = config._attn_implementation
+        if tokens == 1 and not always and attention in self._see_all:
+            return None
+        key = attention, tokens, held, dtype, device
         masks = self._masks
         if key not in masks:
             self._check_mask_function(config)
@@ -217,6 +231,8 @@ class _Shared:
                     and_mask_function=_everything if always else None,
                 )
             self._masks = masks = {**(masks if len(masks) < 4 else {}), key: mask}
+            if tokens == 1 and mask is None:
+                self._see_all = self._see_all | {attention}
         return masks[key]
 
     def _check_mask_function(self, config: Any) -> None:
@@ -267,7 +283,7 @@ class _Shared:
         self._masks = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}, "_masks": {}}  # made anew where the copy lives
+        return {**self.__dict__, "_tables": {}, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
 
 
 def _everything(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -305,21 +321,29 @@ class _Wrapper:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
+class _Place(NamedTuple):
+    """Where a part of a call stands: what the cache is told, the arguments that take the place of the decoder's, the mask."""
+
+    entering: Entering
+    positions: dict[str, Any]
+    mask: Any
+
+
 class _AttentionForward(_Wrapper):
     def __init__(self, layer: AttentionLayer, shared: _Shared) -> None:
         super().__init__(layer.module, "forward", shared)
         self.layer = layer
-        self._rotations: dict[Any, SlotRotation] = {}
+        self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
-        mode = _mode(kwargs.get("attention_mask"))
         if isinstance(cache, FreqKVCache) and cache.forward_start is not None:
             return self._in_segments(kwargs, cache)
+        mode = _mode(kwargs.get("attention_mask"))
         ours = mode == UNCACHED or not self.shared.makes_all_masks
         if cache is None and ours and self.shared.config is not None:
-            return self._in_segments({**kwargs, self.layer.cache_argument: None}, None)
+            return self._in_segments(kwargs, None)
         if mode is not None or isinstance(cache, FreqKVCache):
             raise RuntimeError(
                 "only a part of this model is patched, or it was unpatched between forward and backward: call "
@@ -331,26 +355,22 @@ class _AttentionForward(_Wrapper):
         """Run the module over its tokens in segments, or rounds of ragged rows, that fit the free entries."""
         hidden_states: Tensor = kwargs["hidden_states"]
         tokens = hidden_states.shape[1]
-        shared_kv = _SharedEntries(kwargs.get("shared_kv_states"))
+        mapping = kwargs.get("shared_kv_states")
+        shared_kv = None if mapping is None else _SharedEntries(mapping)
+        holder: FreqKVCache | _OneLayer
         if cache is None:
-            seen, holder = 0, _OneLayer(self.shared.new_layer(self.layer.hybrid))
-            schedule = holder.layer.schedule
-            kwargs[self.layer.cache_argument] = holder
+            holder = _OneLayer(self.shared.new_layer(self.layer.hybrid))
+            kwargs = {**kwargs, self.layer.cache_argument: holder}
+            total = shared_kv.tokens if self.layer.reads_shared and shared_kv is not None else tokens
         else:
-            seen, holder = cache.start, cache
-            schedule = cache.schedule
-        # A layer that reads the entries of another one may get the last tokens of the call only.
-        total = tokens if not self.layer.reads_shared else shared_kv.tokens if cache is None else cache.forward_tokens
-        ragged = None if cache is None else cache.ragged
-        if ragged is not None and self.layer.keeps_state:
-            raise ValueError(
-                f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
-                "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
-            )
-        rotation = self._rotation(schedule.window, hidden_states.device)
-        parts: list[Segment | RaggedRound] = [
-            *(ragged.rounds if ragged is not None else schedule.segments(seen, total))
-        ]
+            # A layer that reads the entries of another one may get the last tokens of the call only.
+            holder, total = cache, cache.forward_tokens
+            if cache.ragged is not None and self.layer.keeps_state:
+                raise ValueError(
+                    f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
+                    "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
+                )
+        parts = holder.parts(total)
         outputs, taken = [], []
         for number, part in enumerate(parts):
             if isinstance(part, Segment):
@@ -358,26 +378,26 @@ class _AttentionForward(_Wrapper):
                 if stop <= 0:
                     continue
                 call = kwargs if stop - start == tokens else _sliced(kwargs, start, stop, tokens)
-                call = {**call, **self._placed(call, part, rotation, stop - start)}
             else:
                 packing = part.packing(tokens, hidden_states.device)
                 if packing.empty:
                     continue
                 call = _per_token(kwargs, tokens, packing.pack)
                 taken.append(packing)
-                call = {**call, **self._placed_ragged(call, part, rotation)}
-            if self.layer.reads_shared:
+            place = self._place(call, part, number, holder)
+            call = {**call, **place.positions, "attention_mask": self._as_taken(call, place.mask)}
+            if shared_kv is not None and self.layer.reads_shared:
                 shared_kv.show(number)
             else:
-                holder.announce(Entering(part, rotation, aligned=self._aligns(part)))
+                holder.announce(place.entering)
             try:
                 output = self.original(**call)
             finally:
                 holder.withdraw()
-            if not self.layer.reads_shared and len(parts) > 1:
+            if shared_kv is not None and not self.layer.reads_shared and len(parts) > 1:
                 shared_kv.keep(total, last=number == len(parts) - 1)
             outputs.append(output)
-        if ragged is not None:
+        if cache is not None and cache.ragged is not None:
             return _unpacked(outputs, taken, hidden_states)
         if len(outputs) == 1:
             return outputs[0]
@@ -385,56 +405,47 @@ class _AttentionForward(_Wrapper):
             return torch.cat(outputs, dim=1)
         return torch.cat([output[0] for output in outputs], dim=1), *_besides(outputs)
 
-    def _aligns(self, part: Segment | RaggedRound) -> bool:
+    def _place(
+        self, call: dict[str, Any], part: Segment | RaggedRound, number: int, holder: FreqKVCache | _OneLayer
+    ) -> _Place:
+        """Where the part `number` of a call stands, made once for all layers of a kind."""
+        hidden_states: Tensor = call["hidden_states"]
+        config = getattr(self.layer.module, "config", self.shared.model_config)
+        given = call.get("position_embeddings")
+        dtype = None if given is None else (given if isinstance(given, Tensor) else given[0]).dtype
+        attention, tokens = config._attn_implementation, hidden_states.shape[1]
+        key = number, self.kind, tokens, dtype, hidden_states.dtype, hidden_states.device, attention
+        place: _Place | None = holder.common.get(key)
+        if place is None:
+            aligned = self._aligns(part, attention)
+            rotation = self.shared.rotation(self.layer, self.kind, holder.schedule.window, hidden_states.device)
+            slots: slice | Tensor
+            if isinstance(part, Segment):
+                first = part.entries - tokens  # its own first slot, unless it came without its first tokens
+                mask = self.shared.mask(config, hidden_states, first, self.layer.rule.always_masks)
+                slots, position_ids = slice(first, part.entries), torch.arange(first, part.entries)[None]
+            else:
+                mask = self.shared.ragged_mask(config, hidden_states, part, aligned)
+                slots = position_ids = part.slots(hidden_states.device)
+            positions: dict[str, Any] = {}
+            if dtype is not None and rotation.table is not None:
+                positions = {"position_embeddings": rotation.table.embeddings(slots, dtype)}
+            elif self.layer.positions == "position_ids":
+                positions = {"position_ids": position_ids.to(hidden_states.device)}
+            place = holder.common[key] = _Place(Entering(part, rotation, aligned), positions, mask)
+        return place
+
+    @staticmethod
+    def _aligns(part: Segment | RaggedRound, attention: str) -> bool:
         """Whether the attention implementation wants the last entries of all rows in the last place."""
         if isinstance(part, Segment) or part.width == 1:
             return False
-        name = getattr(self.layer.module, "config", self.shared.model_config)._attn_implementation
         # These take any mask. flash-attention takes padding in front only, and flex compiles for the masks it knows.
-        return ALL_MASK_ATTENTION_FUNCTIONS.get(name) not in (eager_mask, sdpa_mask)
-
-    def _placed(self, call: dict[str, Any], segment: Segment, rotation: SlotRotation, tokens: int) -> dict[str, Any]:
-        """The arguments that tell a segment where it stands: its positions and its mask."""
-        first = segment.entries - tokens  # its own first slot, unless it came without its first tokens
-        config = getattr(self.layer.module, "config", self.shared.model_config)
-        mask = self.shared.mask(config, call["hidden_states"], first, self.layer.rule.always_masks)
-        placed = {"attention_mask": self._as_taken(call, mask)}
-        slots = slice(first, segment.entries)
-        return self._positions(call, rotation, slots, lambda: torch.arange(first, segment.entries)[None]) | placed
-
-    def _placed_ragged(self, call: dict[str, Any], part: RaggedRound, rotation: SlotRotation) -> dict[str, Any]:
-        hidden_states: Tensor = call["hidden_states"]
-        config = getattr(self.layer.module, "config", self.shared.model_config)
-        mask = self.shared.ragged_mask(config, hidden_states, part, self._aligns(part))
-        slots = part.slots(hidden_states.device)
-        return self._positions(call, rotation, slots, lambda: slots) | {"attention_mask": self._as_taken(call, mask)}
+        return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) not in (eager_mask, sdpa_mask)
 
     def _as_taken(self, call: dict[str, Any], mask: Any) -> Any:
         key = self.layer.rule.mask_key
         return mask if key is None else {**(call["attention_mask"] or {}), key: mask}
-
-    def _positions(
-        self, call: dict[str, Any], rotation: SlotRotation, slots: slice | Tensor, position_ids: Callable[[], Tensor]
-    ) -> dict[str, Any]:
-        given = call.get("position_embeddings")
-        if given is not None and rotation.table is not None:
-            dtype = (given if isinstance(given, Tensor) else given[0]).dtype
-            return {"position_embeddings": rotation.table.embeddings(slots, dtype)}
-        if self.layer.positions == "position_ids":
-            return {"position_ids": position_ids().to(call["hidden_states"].device)}
-        return {}
-
-    def _rotation(self, window: int, device: torch.device) -> SlotRotation:
-        table = self.shared.table(self.layer, window, device)
-        rotation = self._rotations.get((window, device))
-        scale = self.layer.scale()
-        if rotation is None or rotation.table is not table or rotation.scale is not scale:
-            rotation = SlotRotation(table, self.layer.rotation, scale)
-            self._rotations[window, device] = rotation
-        return rotation
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rotations": {}}
 
 
 class _SharedEntries:
@@ -444,15 +455,13 @@ class _SharedEntries:
     and what it holds may be moved between devices: so the segments are kept in it, as tensors.
     """
 
-    def __init__(self, mapping: MutableMapping[Any, tuple[Tensor, ...]] | None) -> None:
+    def __init__(self, mapping: MutableMapping[Any, tuple[Tensor, ...]]) -> None:
         self.mapping = mapping
-        self.before = dict(mapping) if mapping is not None else {}
+        self.before = dict(mapping)
         self.kept: dict[Any, list[Tensor]] = {}
 
     def keep(self, total: int, last: bool) -> None:
         """After a segment of the layer that makes them."""
-        if self.mapping is None:
-            return
         for name, entries in list(self.mapping.items()):
             if not _is_segments(name) and entries is not self.before.get(name):
                 kept = self.kept.setdefault(name, [entries[0].new_empty(total, 0)])
@@ -464,7 +473,6 @@ class _SharedEntries:
 
     def show(self, number: int) -> None:
         """Before a segment of a layer that reads them."""
-        assert self.mapping is not None
         for name, kept in list(self.mapping.items()):
             if _is_segments(name):
                 self.mapping[name[1]] = kept[1 + 2 * number], kept[2 + 2 * number]
@@ -472,7 +480,6 @@ class _SharedEntries:
     @property
     def tokens(self) -> int:
         """How many tokens made them, all in one call."""
-        assert self.mapping is not None
         kept = [entries[0].shape[0] for name, entries in self.mapping.items() if _is_segments(name)]
         # Without compression, what was left is one entry a token.
         return kept[0] if kept else int(next(iter(self.mapping.values()))[0].shape[-2])
@@ -814,6 +821,15 @@ class _OneLayer(SegmentedCache):
     def __init__(self, layer: FreqKVLayer) -> None:
         super().__init__(layers=Everywhere([layer]))
         self.layer = layer
+        self.common = {}
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.layer.schedule
+
+    def parts(self, tokens: int) -> list[Segment | RaggedRound]:
+        """All segments of the call."""
+        return [*self.schedule.segments(0, tokens)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layer.seen

@@ -25,8 +25,8 @@ from freqkv.compressors import Compressor, check_compressor, compressor_name, lo
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.families import rule_for
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
-from freqkv.ragged import RaggedCall
-from freqkv.schedule import Schedule
+from freqkv.ragged import RaggedCall, RaggedRound
+from freqkv.schedule import Schedule, Segment
 
 __all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError"]
 
@@ -56,6 +56,7 @@ class SegmentedCache(Cache):
     """A cache whose layers are told, before each update, which tokens are about to enter."""
 
     _announced: Entering | None = None
+    common: dict[Any, Any]  # what the layers of one forward share
 
     def announce(self, entering: Entering) -> None:
         """Tell which tokens the next :meth:`update` brings."""
@@ -69,8 +70,10 @@ class SegmentedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`FreqKVLayer.update`; other layers are transformers' own."""
-        if isinstance(self.layers[layer_idx], FreqKVLayer):
-            kwargs["entering"], self._announced = self._announced, None
+        layer = self.layers[layer_idx]
+        if isinstance(layer, FreqKVLayer):
+            entering, self._announced = self._announced, None
+            return layer.update(key_states, value_states, entering=entering)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -182,6 +185,7 @@ class FreqKVCache(SegmentedCache):
         self.forward_start: int | None = None
         self.forward_tokens = 0
         self.ragged: RaggedCall | None = None
+        self.common = {}
         self._padding = 0  # tokens seen, less those of the longest row
         self._entering_real: Tensor | None = None  # what is no padding, of this call
         self._last_real: Tensor | None = None  # and of the one before
@@ -271,7 +275,16 @@ class FreqKVCache(SegmentedCache):
         self._began = layer._seen, layer.rows
         self.forward_start = self.tokens_seen
         self.forward_tokens = tokens
+        self.common = {}
         self._touched = False
+
+    def parts(self, tokens: int) -> list[Segment | RaggedRound]:
+        """What the present forward of `tokens` tokens is cut into."""
+        parts: list[Segment | RaggedRound] | None = self.common.get("parts")
+        if parts is None:
+            parts = [*(self.schedule.segments(self.start, tokens) if self.ragged is None else self.ragged.rounds)]
+            self.common["parts"] = parts
+        return parts
 
     def check_usable(self) -> None:
         """Raise RuntimeError if an earlier forward broke off after tokens had entered some layer."""
@@ -306,10 +319,12 @@ class FreqKVCache(SegmentedCache):
         self._padding = columns - self._compressed[0].seen
         self._last_real = self._entering_real
         self.forward_start = self.ragged = None
+        self.common = {}
 
     def abort_forward(self) -> None:
         """Note that the forward was interrupted: nothing happened, or the cache is spent."""
         self.withdraw()
+        self.common = {}
         if not self.is_spent:
             self.forward_start = self.ragged = None
 

@@ -151,11 +151,15 @@ class FreqKVLayer(CacheLayerMixin):
         tokens, rotation = entering.tokens, entering.rotation
         if isinstance(tokens, RaggedRound):
             return self._update_ragged(key_states, value_states, tokens, rotation, entering.aligned)
-        self._check(key_states, value_states, key_states.shape[0])
+        batch = key_states.shape[0]
+        in_place = self.preallocate and not torch.is_grad_enabled()
+        if not (in_place and self._fits(key_states, value_states, batch)):
+            self._check(key_states, value_states, batch)
+            if in_place:
+                self._ensure_buffer(key_states, value_states, batch)
         if tokens.fold is not None:
-            self._record(key_states.shape[0])
-        if self.preallocate and not torch.is_grad_enabled():
-            self._ensure_buffer(key_states, value_states, key_states.shape[0])
+            self._record(batch)
+        if in_place:
             assert self.keys is not None
             assert self.values is not None
             folded = self._folded(tokens.fold, rotation, *self._held()) if tokens.fold is not None else ()
@@ -181,7 +185,7 @@ class FreqKVLayer(CacheLayerMixin):
         self._seen = self.seen + tokens.stop - tokens.start
         self.rows = None
         self.intact = True
-        return self._held()
+        return self.keys[:, :, : tokens.entries], self.values[:, :, : tokens.entries]
 
     def _update_ragged(
         self, key_states: Tensor, value_states: Tensor, tokens: RaggedRound, rotation: SlotRotation, aligned: bool
@@ -276,21 +280,25 @@ class FreqKVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def _fits(self, key_states: Tensor, value_states: Tensor, batch: int) -> bool:
+        """Whether these can be written to the buffers as they are."""
+        if not self._owns_buffer or self.keys is None or self.values is None or self.keys.is_inference():
+            return False
+        return all(
+            held.shape == (batch, new.shape[1], self.schedule.window, new.shape[3])
+            and held.dtype == new.dtype
+            and held.device == new.device
+            for held, new in ((self.keys, key_states), (self.values, value_states))
+        )
+
     def _ensure_buffer(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
         """Make `keys` and `values` buffers of `window` slots that hold the present entries."""
+        if self._fits(key_states, value_states, batch):
+            return
         held = self._held() if self.seen else (None, None)
         buffers = []
-        for stored, entries, new in ((self.keys, held[0], key_states), (self.values, held[1], value_states)):
+        for entries, new in zip(held, (key_states, value_states), strict=True):
             shape = (batch, new.shape[1], self.schedule.window, new.shape[3])
-            usable = (
-                stored is not None
-                and self._owns_buffer
-                and not stored.is_inference()
-                and (stored.shape, stored.dtype, stored.device) == (shape, new.dtype, new.device)
-            )
-            if usable:
-                buffers.append(stored)
-                continue
             with _outliving():
                 buffer = torch.zeros(shape, dtype=new.dtype, device=new.device)
             if entries is not None:
