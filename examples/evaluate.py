@@ -142,19 +142,26 @@ def write(args: argparse.Namespace, model, name: str, rows: list[dict], about: d
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     about = {
         "model": Path(args.model).name,
         **about,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": args.attn_implementation,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine() + " CPU",
+        **about_run(),
+    }
+    (args.output / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def about_run() -> dict[str, str]:
+    """Versions, and the commit."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit,
     }
-    (args.output / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def plot(path: Path, rows: list[dict], window: int) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from freqkv import FreqKVConfig
 
 SHIPPED = Path(__file__).parent / "tiny_lm"
+TUNED = Path(__file__).parent / "tiny_lm_tuned"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
