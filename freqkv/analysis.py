@@ -471,8 +471,15 @@ def _execution_device(model: nn.Module, name: str) -> torch.device | None:
 
 @contextmanager
 def _weights_present(model: nn.Module, name: str) -> Iterator[None]:
-    """Run accelerate's hooks around a module, which bring offloaded weights and take them away again."""
+    """Run accelerate's hooks around a module, which bring offloaded weights and take them away again; gather weights that
+    DeepSpeed keeps in parts.
+    """
     with ExitStack() as stack:
+        parts = [weight for weight in model.get_submodule(name).parameters() if hasattr(weight, "ds_id")]
+        if parts:
+            from deepspeed.zero import GatheredParameters
+
+            stack.enter_context(GatheredParameters(parts))
         for module, hook in _hooks(model, name):
             hook.pre_forward(module)
             stack.callback(hook.post_forward, module, torch.empty(0))
@@ -526,14 +533,35 @@ class Support:
         return f"yes: {len(self.analysis.layers)} attention modules compressed{left}"
 
 
-def supported(model_or_config: PreTrainedModel | PreTrainedConfig) -> Support:
+def find_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, also where it stands inside one of another library (PEFT, DDP, `torch.compile`).
+
+    Raises
+    ------
+    TypeError
+        If there is none, or more than one.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found: list[PreTrainedModel] = []
+    for inner in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(inner, PreTrainedModel) and not any(inner in set(outer.modules()) for outer in found):
+            found.append(inner)
+    if len(found) != 1:
+        raise TypeError(
+            f"pass a transformers model; a {type(model).__name__} has {len(found) or 'none'} of them inside"
+        )
+    return found[0]
+
+
+def supported(model_or_config: nn.Module | PreTrainedConfig) -> Support:
     """Tell whether FreqKV serves a model, without patching it.
 
     Parameters
     ----------
     model_or_config : PreTrainedModel or PreTrainedConfig
         A configuration alone is enough: the model is then built without weights, and its attention modules are tried one
-        by one with random ones.
+        by one with random ones. A model may stand inside one of PEFT.
 
     Raises
     ------
@@ -547,8 +575,8 @@ def supported(model_or_config: PreTrainedModel | PreTrainedConfig) -> Support:
             return Support(
                 f"{type(model_or_config).__name__}: transformers cannot build its causal language model ({error})"
             )
-    elif isinstance(model_or_config, PreTrainedModel):
-        model = model_or_config
+    elif isinstance(model_or_config, nn.Module):
+        model = find_model(model_or_config)
     else:
         raise TypeError(f"pass a transformers model or its config, not a {type(model_or_config).__name__}")
     try:

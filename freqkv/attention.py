@@ -8,8 +8,11 @@ to check the arguments of a call once and to keep it from building a mask over t
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
-from freqkv.analysis import Analysis, AttentionLayer, analyse
-from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache
+from freqkv.analysis import Analysis, AttentionLayer, analyse, find_model
+from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, uncompiled
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
@@ -30,6 +33,8 @@ from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Schedule, Segment
 
 __all__ = ["Patch", "patch", "unpatch"]
+
+logger = logging.getLogger(__name__)
 
 # What a wrapped decoder tells its wrapped layers, by the shape of an empty mask: a 4-D mask is taken as it is, so that the
 # decoder builds none, and it also reaches layers that gradient checkpointing runs again.
@@ -50,7 +55,7 @@ PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 def patch(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: FreqKVConfig | None = None,
     *,
     window: int | None = None,
@@ -70,7 +75,7 @@ def patch(
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder-only model with rotary position embeddings.
+        A decoder-only model with rotary position embeddings, or one of PEFT, DDP or `torch.compile` around it.
     config, window, sink_tokens, retain_ratio, recent_tokens, compressor
         See :class:`FreqKVConfig` and :class:`FreqKVCache`; `FreqKVConfig()` stands for the defaults.
 
@@ -86,6 +91,7 @@ def patch(
     TypeError, ValueError
         If the numbers cannot work together.
     """
+    model = find_model(model)
     chosen = make_config(
         config, window=window, sink_tokens=sink_tokens, retain_ratio=retain_ratio, recent_tokens=recent_tokens
     )
@@ -96,7 +102,7 @@ def patch(
     return Patch(model, chosen, low_pass_entries if compressor is None else check_compressor(compressor))
 
 
-def unpatch(model: PreTrainedModel) -> None:
+def unpatch(model: nn.Module) -> None:
     """Give the model its own forwards back.
 
     Raises
@@ -206,6 +212,33 @@ class _Shared:
         if rotation is None or rotation.table is not table or rotation.scale is not scale:
             rotation = self._rotations[place] = SlotRotation(table, layer.rotation, scale)
         return rotation
+
+    def step_tables(self, cache: FreqKVCache, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
+        """The embeddings of all slots, for each kind of layer that takes them."""
+        tables = {}
+        for kind, layer in self._one_of_each:
+            table = self.rotation(layer, kind, cache.schedule.window, device).table
+            if table is not None and table.native is not None:
+                tables[kind] = (table.native,) if isinstance(table.native, Tensor) else table.native
+        return tables
+
+    @functools.cached_property
+    def _one_of_each(self) -> list[tuple[int, AttentionLayer]]:
+        return list({self.kinds[layer.kind]: layer for layer in self.analysis.layers}.items())
+
+    @functools.cached_property
+    def one_each(self) -> bool:
+        """Whether each attention module has a cache layer of its own."""
+        indices = [layer.layer_idx for layer in self.analysis.layers if not layer.reads_shared]
+        return sorted(indices) == list(range(self.model_config.num_hidden_layers))
+
+    def rotations(self, cache: FreqKVCache, device: torch.device) -> dict[int, SlotRotation]:
+        """How each layer of a cache rotates, by its index."""
+        window = cache.schedule.window
+        return {
+            layer.layer_idx: self.rotation(layer, self.kinds[layer.kind], window, device)
+            for layer in self.analysis.layers
+        }
 
     def mask(self, config: Any, hidden_states: Tensor, held: int, always: bool = False) -> Any:
         """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it.
@@ -338,8 +371,11 @@ class _AttentionForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
-        if isinstance(cache, FreqKVCache) and cache.forward_start is not None:
-            return self._in_segments(kwargs, cache)
+        if isinstance(cache, FreqKVCache):
+            if cache.stepping is not None:
+                return self.original(**{**kwargs, **self._stepping(kwargs, cache)})
+            if cache.forward_start is not None:
+                return self._in_segments(kwargs, cache)
         mode = _mode(kwargs.get("attention_mask"))
         ours = mode == UNCACHED or not self.shared.makes_all_masks
         if cache is None and ours and self.shared.config is not None:
@@ -435,6 +471,14 @@ class _AttentionForward(_Wrapper):
             place = holder.common[key] = _Place(Entering(part, rotation, aligned), positions, mask)
         return place
 
+    def _stepping(self, kwargs: dict[str, Any], cache: FreqKVCache) -> dict[str, Any]:
+        """The positions of a single token, as tensors."""
+        given = kwargs.get("position_embeddings")
+        if given is not None and self.kind in cache.step.tables:
+            dtype = (given if isinstance(given, Tensor) else given[0]).dtype
+            return {"position_embeddings": cache.step.embeddings(self.kind, dtype)}
+        return {"position_ids": cache.step.slot[None]} if self.layer.positions == "position_ids" else {}
+
     @staticmethod
     def _aligns(part: Segment | RaggedRound, attention: str) -> bool:
         """Whether the attention implementation wants the last entries of all rows in the last place."""
@@ -519,6 +563,69 @@ class _ModelForward(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, FreqKVCache):
+            if cache.stepping is not None and cache.stepping is not self:  # the model around this one began it
+                return self._step(kwargs, cache)
+            if cache.static:
+                return self._static(kwargs, cache)
+            if torch.compiler.is_compiling():
+                return self._uncompiled(kwargs, warn=True)
+        return self._called(kwargs)
+
+    def _static(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+        """A call with a cache for compiled graphs: a single token has one, all else is not compiled."""
+        if not self._begins_step(kwargs, cache):
+            return self._uncompiled(kwargs)
+        try:
+            output = self._step(kwargs, cache)
+        except BaseException:
+            cache.abort_step()
+            raise
+        cache.end_step()
+        return output
+
+    @uncompiled
+    def _begins_step(self, kwargs: dict[str, Any], cache: FreqKVCache) -> bool:
+        """Begin a single token for all rows where there is nothing else to heed."""
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        config = self.shared.model_config
+        if inputs is None:
+            return False
+        plain = (
+            self._outer() is None
+            and inputs.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and cache.row_tokens is None
+            and cache.is_filled(inputs)
+            and config._attn_implementation in ("eager", "sdpa")
+            and not (config.output_attentions if (asked := kwargs.get("output_attentions")) is None else asked)
+            and not any(_is_not_text(name, value) for name, value in kwargs.items())
+        )
+        if not plain:
+            return False
+        self._check_cache(cache)
+        if self._check_inputs(kwargs, inputs, cache) is not None:
+            return False
+        if not self.shared.one_each:
+            raise ValueError(
+                "static=True needs a model each of whose attention modules has a cache layer of its own; here some serve several. "
+                "Leave it out"
+            )
+        cache.step.tables = self.shared.step_tables(cache, inputs.device)
+        cache.begin_step(self, lambda: self.shared.rotations(cache, inputs.device))
+        return True
+
+    def _step(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+        return self.original(**{**kwargs, "attention_mask": None})
+
+    @uncompiled
+    def _uncompiled(self, kwargs: dict[str, Any], warn: bool = False) -> Any:
+        if warn:
+            _warn_not_static()
+        return self._called(kwargs)
+
+    def _called(self, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
         if self._outer() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
             return self.original(**kwargs)
         if isinstance(cache, FreqKVCache):
@@ -584,8 +691,12 @@ class _ModelForward(_Wrapper):
 
 
 class _DecoderForward(_ModelForward):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self.named(args, kwargs)
+    def _step(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+        config = self.shared.model_config
+        mask = cache.step.mask(cache.schedule.window, config._attn_implementation, cache.dtype)
+        return self.original(**{**kwargs, "attention_mask": mask})
+
+    def _called(self, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
         if self._makes_one(cache):
             use_cache = kwargs.get("use_cache")
@@ -711,8 +822,18 @@ class _RightPadded:
         return value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
 
 
+@functools.cache
+def _warn_not_static() -> None:
+    logger.warning(
+        "this model is compiled, but calls with this FreqKVCache run uncompiled. Make it with static=True, so that single "
+        "tokens are compiled once"
+    )
+
+
 def _is_not_text(name: str, value: Any) -> bool:
     if name in TEXT_ARGUMENTS or not isinstance(value, (Tensor, Mapping)):
+        return False
+    if isinstance(value, Tensor) and value.ndim == 0:  # a number, such as num_items_in_batch of Trainer
         return False
     if name.endswith("token_type_ids"):  # where 0 stands for text
         return bool(value.any()) if isinstance(value, Tensor) else True
@@ -808,8 +929,9 @@ class _PrepareInputsForGeneration(_Wrapper):
         self.model = model
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.original(input_ids, *args, **kwargs)
         cache = kwargs.get("past_key_values")
+        with cache.preparing() if isinstance(cache, FreqKVCache) else nullcontext():
+            inputs = self.original(input_ids, *args, **kwargs)
         if isinstance(cache, FreqKVCache) and inputs.get("past_key_values") is not cache:
             return GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
         return inputs

@@ -7,8 +7,9 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +27,17 @@ from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.families import rule_for
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import RaggedCall, RaggedRound
+from freqkv.rotary import SlotRotation
 from freqkv.schedule import Schedule, Segment
 
-__all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError"]
+__all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError", "uncompiled"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """Keep Dynamo out of a function and of all that it calls."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 class UnsupportedModelError(ValueError):
@@ -82,6 +91,43 @@ def _with_base(cls: Any, base: Any) -> Any:
     return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
+class Step:
+    """What the graph of a single token reads, at addresses that stay.
+
+    Attributes
+    ----------
+    slot : Tensor
+        `(1,)`: where the token goes.
+    seen : Tensor
+        `()`: how many tokens had entered before.
+    tables : dict
+        The embeddings of all slots, for each kind of layer.
+    """
+
+    def __init__(self) -> None:
+        self.slot = torch.zeros(1, dtype=torch.long)
+        self.seen = torch.zeros((), dtype=torch.long)
+        self.tables: dict[int, tuple[Tensor, ...]] = {}
+
+    def place(self, slot: int, seen: int, device: torch.device) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            if self.slot.device != device:
+                self.slot, self.seen = self.slot.to(device), self.seen.to(device)
+            self.slot.fill_(slot)
+            self.seen.fill_(seen)
+
+    def embeddings(self, kind: int, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
+        """What the module gets in place of the decoder's embeddings."""
+        rows = tuple(t.index_select(-2, self.slot) for t in self.tables[kind])
+        rows = tuple(t if t.is_complex() else t.to(dtype) for t in rows)
+        return rows if len(rows) > 1 else rows[0]
+
+    def mask(self, window: int, attention: str, dtype: torch.dtype) -> Tensor:
+        """`(1, 1, 1, window)`: all slots up to the token's own."""
+        seen = (torch.arange(window, device=self.slot.device) <= self.slot)[None, None, None]
+        return seen if attention == "sdpa" else torch.zeros((), dtype=dtype).where(seen, torch.finfo(dtype).min)
+
+
 class FreqKVCache(SegmentedCache):
     """A KV cache of fixed size for models that ran through `freqkv.patch` (arXiv 2505.00570).
 
@@ -96,6 +142,10 @@ class FreqKVCache(SegmentedCache):
     compressor : callable, optional
         What squeezes a span, `(keys, values, keep) -> (keys, values)`; the low-pass by default. See
         `freqkv.compressors`.
+    static : bool
+        For `torch.compile`: single tokens go through graphs of fixed shapes, which are compiled once. They attend to whole
+        buffers under a mask, so that it does not pay without compilation. `generate` compiles with such a cache where it does
+        with a `StaticCache`; elsewhere, compile `model.forward`.
     offloading : bool
         Refused; transformers' own caches take it.
 
@@ -119,6 +169,7 @@ class FreqKVCache(SegmentedCache):
     """
 
     layers: list[Any]
+    _prepares = False
 
     def __new__(cls, model_config: Any = None, *args: Any, **kwargs: Any) -> FreqKVCache:
         text_config = model_config.get_text_config(decoder=True) if hasattr(model_config, "get_text_config") else None
@@ -138,6 +189,7 @@ class FreqKVCache(SegmentedCache):
         retain_ratio: float | None = None,
         recent_tokens: int | None = None,
         compressor: Compressor | None = None,
+        static: bool = False,
         offloading: bool = False,
     ) -> None:
         if offloading:
@@ -191,6 +243,29 @@ class FreqKVCache(SegmentedCache):
         self._last_real: Tensor | None = None  # and of the one before
         self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
+        self.static = static
+        self.stepping: object | None = None  # whoever began the single token that is under way
+        self.step = Step()
+        if static and any(type(layer) is not FreqKVLayer for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) is not FreqKVLayer}))
+            raise ValueError(
+                f"static=True needs a model all of whose layers are full attention and nothing else, {type(model_config).__name__} "
+                f"has others ({kinds}). Leave it out"
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile single tokens, which asks for a `static` cache."""
+        return self.static and not self._prepares
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """While `generate` prepares inputs: caches that are compiled get masks made there, FreqKV makes its own."""
+        self._prepares = True
+        try:
+            yield
+        finally:
+            self._prepares = False
 
     @property
     def tokens_seen(self) -> int:
@@ -212,6 +287,16 @@ class FreqKVCache(SegmentedCache):
     def entries(self) -> int:
         """Entries that each compressed layer holds, at most `config.window`."""
         return self._compressed[0].entries
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        assert self._compressed[0].keys is not None
+        return self._compressed[0].keys.dtype
+
+    def is_filled(self, inputs: Tensor) -> bool:
+        """Whether all compressed layers hold buffers for the rows of `inputs`, on its device."""
+        return all(layer.is_filled(inputs.shape[0], inputs.device) for layer in self._compressed)
 
     @property
     def start(self) -> int:
@@ -286,6 +371,36 @@ class FreqKVCache(SegmentedCache):
             self.common["parts"] = parts
         return parts
 
+    @uncompiled
+    def begin_step(self, by: object, rotations: Callable[[], dict[int, SlotRotation]]) -> None:
+        """Note that a forward of a single token starts whose graph reads :attr:`step`, and compress if it is time.
+
+        `rotations` tells how the layers rotate, by their indices.
+        """
+        self.begin_forward(1)
+        (segment,) = self.parts(1)
+        assert isinstance(segment, Segment)
+        how = {} if segment.fold is None else rotations()
+        for index, layer in enumerate(self._compressed):  # a static cache has no others
+            if segment.fold is not None:
+                layer.fold_now(segment.fold, how[index])
+            layer.intact = False
+        self.step.place(segment.slot, self.tokens_seen, self._compressed[0].device)
+        self.stepping = by
+
+    @uncompiled
+    def end_step(self) -> None:
+        """Note that it came to its end."""
+        for layer in self._compressed:
+            layer.end_step()
+        self.forward_start = self.stepping = None
+        self.common = {}
+
+    @uncompiled
+    def abort_step(self) -> None:
+        """Note that it was interrupted: the cache is spent."""
+        self.stepping = None
+
     def check_usable(self) -> None:
         """Raise RuntimeError if an earlier forward broke off after tokens had entered some layer."""
         if self.is_spent:
@@ -341,6 +456,8 @@ class FreqKVCache(SegmentedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`FreqKVLayer.update`; other layers are transformers' own."""
+        if self.stepping is not None:
+            return self.layers[layer_idx].step(key_states, value_states, self.step.slot)  # type: ignore[no-any-return]
         # A compressed layer changes as a whole or knows that it did not; other layers may break off anywhere.
         if not isinstance(self.layers[layer_idx], FreqKVLayer):
             self._touched = True
@@ -368,6 +485,8 @@ class FreqKVCache(SegmentedCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that have entered, padding included; those of a compressed layer grow within a forward."""
+        if self.stepping is not None:
+            return self.step.seen  # type: ignore[return-value]
         layer = self.layers[layer_idx]
         if isinstance(layer, FreqKVLayer):
             return layer.seen + self._padding
@@ -444,7 +563,7 @@ class FreqKVCache(SegmentedCache):
         super().reset()
         self._reset_extra_state()
         self.withdraw()
-        self.forward_start = self.ragged = self._last_real = None
+        self.forward_start = self.ragged = self._last_real = self.stepping = None
         self._padding = 0
         self._touched = False
 
@@ -482,7 +601,12 @@ class FreqKVCache(SegmentedCache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: PreTrainedModel, *, compressor: Compressor | None = None
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        *,
+        compressor: Compressor | None = None,
+        static: bool = False,
     ) -> FreqKVCache:
         """A cache with what :meth:`save` wrote, on the devices of the model's layers.
 
@@ -493,6 +617,8 @@ class FreqKVCache(SegmentedCache):
             The model that filled the cache.
         compressor : callable, optional
             The one that the cache was filled with, if it is not one of FreqKV's own.
+        static : bool
+            See :class:`FreqKVCache`.
 
         Raises
         ------
@@ -506,7 +632,7 @@ class FreqKVCache(SegmentedCache):
         """
         from freqkv.serialization import load_cache
 
-        return load_cache(cls, path, model, compressor)
+        return load_cache(cls, path, model, compressor, static)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, for beam search."""

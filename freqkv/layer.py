@@ -160,12 +160,11 @@ class FreqKVLayer(CacheLayerMixin):
         if tokens.fold is not None:
             self._record(batch)
         if in_place:
+            if tokens.fold is not None:
+                self._fold_in_place(tokens.fold, rotation)
             assert self.keys is not None
             assert self.values is not None
-            folded = self._folded(tokens.fold, rotation, *self._held()) if tokens.fold is not None else ()
             self.intact = False
-            for buffer, entries in zip((self.keys, self.values), folded, strict=False):
-                buffer[:, :, tokens.slot - entries.shape[2] : tokens.slot] = entries
             self.keys[:, :, tokens.slot : tokens.entries] = key_states
             self.values[:, :, tokens.slot : tokens.entries] = value_states
         elif self.seen == 0:
@@ -228,6 +227,34 @@ class FreqKVLayer(CacheLayerMixin):
         assert self.values is not None
         return self.keys[:, :, : self.entries], self.values[:, :, : self.entries]
 
+    def fold_now(self, fold: Fold, rotation: SlotRotation) -> None:
+        """Fold before the tokens are known that make it necessary; until they are in, the layer is not intact."""
+        assert self.keys is not None
+        self._record(self.keys.shape[0])
+        self._fold_in_place(fold, rotation)
+
+    def step(self, key_states: Tensor, value_states: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token to the slot that a tensor `(1,)` tells, and return the whole buffers: nothing that changes from
+        step to step is part of a compiled graph.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, slot, key_states)
+        self.values.index_copy_(2, slot, value_states)
+        return self.keys, self.values
+
+    def end_step(self) -> None:
+        """Note that the token is in."""
+        self._seen += 1
+        self.intact = True
+
+    def _fold_in_place(self, fold: Fold, rotation: SlotRotation) -> None:
+        folded = self._folded(fold, rotation, *self._held())
+        self.intact = False
+        for buffer, entries in zip((self.keys, self.values), folded, strict=True):
+            assert buffer is not None
+            buffer[:, :, fold.start : fold.start + entries.shape[2]] = entries
+
     def _folded(self, fold: Fold, rotation: SlotRotation, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What stands behind `fold.start` once full rows are folded, in the dtype of the cache."""
         held = dict(zip(STREAMS, (keys[:, :, fold.start :], values[:, :, fold.start :]), strict=True))
@@ -279,6 +306,16 @@ class FreqKVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def is_filled(self, batch: int, device: torch.device) -> bool:
+        """Whether it holds entries of `batch` rows in buffers on `device` that may be written to."""
+        held = self.keys
+        return (
+            held is not None
+            and self._owns_buffer
+            and not held.is_inference()
+            and (held.shape[0], held.shape[2], held.device) == (batch, self.schedule.window, device)
+        )
 
     def _fits(self, key_states: Tensor, value_states: Tensor, batch: int) -> bool:
         """Whether these can be written to the buffers as they are."""

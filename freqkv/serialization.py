@@ -87,6 +87,7 @@ def load_cache(
     path: str | os.PathLike[str],
     model: PreTrainedModel,
     compressor: Compressor | None = None,
+    static: bool = False,
 ) -> AnyCache:
     """Make a cache of class `kind` from a file. See :meth:`FreqKVCache.load`."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
@@ -96,7 +97,7 @@ def load_cache(
     _check_shape(path, info, model)
     # Tensors made in inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        cache = kind(model.config, FreqKVConfig(**info["config"]), compressor=chosen)
+        cache = kind(model.config, FreqKVConfig(**info["config"]), compressor=chosen, static=static)
         _check_layers(path, info, cache)
         devices = _layer_devices(model, len(cache.layers))
         _check_dtype(path, info, model, devices)
