@@ -608,7 +608,7 @@ class _ModelForward(_Wrapper):
             return False
         if not self.shared.one_each:
             raise ValueError(
-                "static=True needs a model each of whose attention modules has a cache layer of its own; here some serve several. "
+                "static=True needs a model each of whose attention modules has one cache layer; here some serve several. "
                 "Leave it out"
             )
         cache.step.tables = self.shared.step_tables(cache, inputs.device)

@@ -249,8 +249,8 @@ class FreqKVCache(SegmentedCache):
         if static and any(type(layer) is not FreqKVLayer for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) is not FreqKVLayer}))
             raise ValueError(
-                f"static=True needs a model all of whose layers are full attention and nothing else, {type(model_config).__name__} "
-                f"has others ({kinds}). Leave it out"
+                f"static=True needs a model all of whose layers are full attention and nothing else, "
+                f"{type(model_config).__name__} has others ({kinds}). Leave it out"
             )
 
     @property

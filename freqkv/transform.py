@@ -1,7 +1,8 @@
 """The transform: an orthonormal DCT along one dimension and the low-pass that is made of it.
 
-Everything is computed by real FFTs (Makhoul, "A fast cosine transform in one and two dimensions", 1980) in float32, or
-in float64 for float64 input, is differentiable, and knows nothing of caches.
+Everything is computed in float32, or in float64 for float64 input, is differentiable, and knows nothing of caches: by real
+FFTs (Makhoul, "A fast cosine transform in one and two dimensions", 1980), or, on a CPU where no derivative is asked for, by
+scipy's DCT, which works on any dimension in place of a copy and takes a third to two thirds of the time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import scipy.fft
 import torch
 from torch import Tensor
 
@@ -84,8 +86,28 @@ def low_pass(x: Tensor, keep: int, dim: int = -2) -> Tensor:
     n = x.shape[dim]
     if not 1 <= keep <= n:
         raise ValueError(f"low_pass keeps between 1 and n = {n} entries, got keep={keep}")
-    coefficients = _dct(_prepare(x, dim))[..., :keep]
-    return (_idct(coefficients) * math.sqrt(keep / n)).movedim(-1, dim).to(x.dtype)
+    prepared = _prepare(x, dim)
+    if _is_plain_data(x):
+        entries = prepared.detach().numpy()
+        threads = torch.get_num_threads()
+        coefficients = scipy.fft.dct(entries, axis=-1, norm="ortho", workers=threads)[..., :keep]
+        squeezed = scipy.fft.idct(coefficients, axis=-1, norm="ortho", workers=threads)
+        result = torch.from_numpy(squeezed).mul_(math.sqrt(keep / n))
+    else:
+        result = _idct(_dct(prepared)[..., :keep]) * math.sqrt(keep / n)
+    return result.movedim(-1, dim).to(x.dtype)
+
+
+def _is_plain_data(x: Tensor) -> bool:
+    """Whether only the numbers of `x` are asked for, and a CPU has them."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # inside vmap, grad and their like
+        and torch.autograd.forward_ad.unpack_dual(x).tangent is None
+    )
 
 
 def _prepare(x: Tensor, dim: int) -> Tensor:

@@ -44,19 +44,33 @@ def test_float32_loses_at_most_twice_what_scipy_loses(n, ours, theirs):
     assert _relative(ours(torch.from_numpy(x)).numpy(), truth) <= 2 * max(theirs_error, rounding)
 
 
+def _cosines(n: int, keep: int) -> np.ndarray:
+    """The low-pass as a matrix, from the definition of the DCT."""
+
+    def basis(size: int) -> np.ndarray:
+        frequencies, places = np.arange(keep)[:, None], np.arange(size) + 0.5
+        return np.cos(np.pi * frequencies * places / size) * np.sqrt(np.where(frequencies == 0, 1, 2) / size)
+
+    return np.sqrt(keep / n) * basis(keep).T @ basis(n)
+
+
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9])
-def test_low_pass_equals_scipy(n, ratio):
+def test_low_pass_equals_scipy_and_its_definition(n, ratio, grad):
     keep = max(1, int(n * ratio))
     x = _random(2, n, 3)
-    assert _relative(freqkv.low_pass(torch.from_numpy(x), keep, 1).numpy(), _low_pass(x, keep, 1)) < 1e-12
+    ours = freqkv.low_pass(torch.from_numpy(x).requires_grad_(grad), keep, 1).detach().numpy()
+    assert _relative(ours, _low_pass(x, keep, 1)) < 1e-12
+    assert _relative(ours, _cosines(n, keep) @ x) < 1e-11
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("n", [97, 508])
-def test_low_pass_float32_loses_at_most_twice_what_scipy_loses(n):
+def test_low_pass_float32_loses_at_most_twice_what_scipy_loses(n, grad):
     x = _random(64, n).astype(np.float32)
     truth = _low_pass(x.astype(np.float64), n // 2, 1)
-    ours = freqkv.low_pass(torch.from_numpy(x), n // 2, -1).numpy()
+    ours = freqkv.low_pass(torch.from_numpy(x).requires_grad_(grad), n // 2, -1).detach().numpy()
     assert _relative(ours, truth) <= 2 * _relative(_low_pass(x, n // 2, 1), truth)
 
 
@@ -107,6 +121,24 @@ def test_twiddles_made_under_inference_mode_serve_training():
     leaf = x.clone().requires_grad_()
     freqkv.low_pass(leaf, 11).sum().backward()
     assert leaf.grad is not None
+
+
+def test_forward_derivatives_and_vmap():
+    x, tangent = torch.from_numpy(_random(4, 13, 3)), torch.from_numpy(_random(4, 13, 3))
+    _, derivative = torch.func.jvp(lambda x: freqkv.low_pass(x, 6, 1), (x,), (tangent,))
+    assert torch.allclose(derivative, freqkv.low_pass(tangent, 6, 1), atol=1e-12)
+    rows = torch.func.vmap(lambda x: freqkv.low_pass(x, 6, 0))(x)
+    assert torch.allclose(rows, freqkv.low_pass(x, 6, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_is_left_alone(dtype):
+    """Whatever its strides are."""
+    buffer = torch.from_numpy(_random(2, 31, 6)).to(dtype)
+    x, before = buffer[:, 4:29, ::2], buffer.clone()
+    expected = freqkv.low_pass(x.contiguous(), 12)
+    assert torch.allclose(freqkv.low_pass(x, 12), expected)
+    assert torch.equal(buffer, before)
 
 
 def test_errors():
