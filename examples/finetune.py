@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from corpus import VALIDATION, held_out_documents, training_documents
 from loading import SHIPPED, Formatter
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -48,6 +51,7 @@ from freqkv.evaluation import bits_per_byte, byte_lengths, token_losses
 EXTRA = 'pip install "freqkv[train]"'
 IGNORED = -100  # the label of a token that is not learnt
 STEPS, SFT_EPOCHS = 1000, 5
+SHARDS = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate launch
 # Of Stanford Alpaca, for tokenizers without a chat template.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -71,7 +75,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
     group.add_argument("--sink-tokens", type=int, default=4, help="first tokens, never compressed")
     group.add_argument("--retain-ratio", type=float, default=0.5, help="share of a compressed span that is kept")
-    group.add_argument("--recent-tokens", type=int, default=0, help="last tokens that wait one compression; the paper: 0")
+    group.add_argument(
+        "--recent-tokens", type=int, default=0, help="last tokens that wait one compression; the paper: 0"
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--recipe", choices=["lm", "sft"], default="lm", help="sft: loss on the answers only")
@@ -86,7 +92,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--split", default="train", help="of --dataset")
     group.add_argument("--text-column", default="text", help="of records, for --recipe lm")
     group.add_argument("--eval-text", type=Path, nargs="+", help="held-out text; a part of the data by default")
-    group.add_argument("--eval-share", type=float, default=0.05, help="of the data that is held out without --eval-text")
+    group.add_argument(
+        "--eval-share", type=float, default=0.05, help="of the data that is held out without --eval-text"
+    )
     group.add_argument(
         "--length", type=float, default=2, help="tokens of a sequence, in windows; sft leaves longer records out"
     )
@@ -98,13 +106,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--batch-size", type=int, default=1, help="sequences in one forward of one process")
     group.add_argument("--learning-rate", type=float, default=2e-5)
     group.add_argument("--warmup-steps", type=int, default=20)
-    group.add_argument("--schedule", default="constant_with_warmup", help="any of transformers' learning rate schedules")
+    group.add_argument(
+        "--schedule", default="constant_with_warmup", help="any of transformers' learning rate schedules"
+    )
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--full", action="store_true", help="train all weights instead of LoRA, embeddings and norms")
     group.add_argument("--lora-rank", type=int, default=8)
     group.add_argument("--lora-alpha", type=int, default=16)
     group.add_argument("--lora-dropout", type=float, default=0.0)
-    group.add_argument("--lora-targets", nargs="+", help="names of linear layers; all of the attention modules by default")
+    group.add_argument(
+        "--lora-targets", nargs="+", help="names of linear layers; all of the attention modules by default"
+    )
     group.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (autocast); by default on a GPU"
     )
@@ -113,7 +125,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--seed", type=int, default=0)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder of checkpoints and the result")
+    group.add_argument(
+        "--output", type=Path, default=Path("runs/finetune"), help="folder of checkpoints and the result"
+    )
     group.add_argument("--log-every", type=int, default=10, help="steps")
     group.add_argument("--eval-every", type=int, default=100, help="steps; 0: before and after training only")
     group.add_argument(
@@ -123,9 +137,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--save-every", type=int, default=100, help="steps; 0: after training only")
     group.add_argument("--save-limit", type=int, default=2, help="checkpoints that are kept")
     group.add_argument(
-        "--resume", nargs="?", const="last", metavar="CHECKPOINT", help="go on from the last checkpoint, or from this one"
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CHECKPOINT",
+        help="go on from the last checkpoint, or from this one",
     )
-    group.add_argument("--report-to", nargs="+", default=["none"], help="tensorboard, wandb, ... (Trainer's integrations)")
+    group.add_argument(
+        "--report-to", nargs="+", default=["none"], help="tensorboard, wandb, ... (Trainer's integrations)"
+    )
     args = parser.parse_args(arguments)
     if args.steps is not None and args.epochs is not None:
         parser.error("--steps and --epochs exclude each other")
@@ -236,7 +256,9 @@ def instruction_tokens(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any
         prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*said, {"role": "assistant", "content": answer}], tokenize=False)
         if not whole.startswith(prompt):
-            raise SystemExit("this chat template changes the prompt once there is an answer: what to learn cannot be told")
+            raise SystemExit(
+                "this chat template changes the prompt once there is an answer: what to learn cannot be told"
+            )
         prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         answer_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False, verbose=False)["input_ids"]
     else:
@@ -307,6 +329,8 @@ def language_data(
     else:
         training = [text for _, text in training_documents()]
         held = held or [text for _, text in held_out_documents(VALIDATION)]
+    if isinstance(training, list):  # in the order of their names, the first texts may be of one kind
+        random.Random(args.seed).shuffle(training)
     length, longest = round(args.length * window), round(max(args.eval_lengths) * window)
     evaluated = blocks(tokenize(tokenizer, held, math.inf, quiet=True), longest)[: args.eval_sequences]
     if not len(evaluated):
@@ -369,9 +393,7 @@ def lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
     }
     embeddings = model.get_input_embeddings()
     whole = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if module is embeddings or _is_norm(module)
+        name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings or _is_norm(module)
     }
     text_config = model.config.get_text_config(decoder=True)
     config = LoraConfig(
@@ -445,7 +467,9 @@ class Measure:
             metrics[f"perplexity_{name}"] = losses[:, max(start, 1) - 1 : stop - 1].mean().exp().item()
         if self.lengths is not None:
             bins = bits_per_byte(losses, self.lengths, self.edges)
-            metrics |= {f"bits_per_byte_{name}": part.bits_per_byte for name, part in zip(self.names, bins, strict=True)}
+            metrics |= {
+                f"bits_per_byte_{name}": part.bits_per_byte for name, part in zip(self.names, bins, strict=True)
+            }
         return metrics
 
 
@@ -456,6 +480,10 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         raise SystemExit(
             f"--sequences {args.sequences} is no multiple of --batch-size {args.batch_size} x {processes} processes"
         )
+    # transformers 5.2x calls it by another name than those before.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if args.gradient_checkpointing else {}
     epochs = args.epochs if args.epochs is not None or args.recipe == "lm" or args.steps else SFT_EPOCHS
     return TrainingArguments(
         output_dir=str(args.output),
@@ -470,9 +498,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         weight_decay=args.weight_decay,
         adam_beta2=0.95,
         bf16=torch.cuda.is_available() if args.bf16 is None else args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
         torch_compile=args.compile,
+        use_cpu=not torch.accelerator.is_available(),  # also tells several processes that they are on CPUs
+        dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=args.log_every,
         eval_strategy="steps" if args.eval_every else "no",
         eval_steps=args.eval_every or None,
@@ -485,13 +513,14 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         remove_unused_columns=False,
         prediction_loss_only=True,
         label_names=["labels"],
+        **checkpointing,
     )
 
 
 def load(args: argparse.Namespace, config: FreqKVConfig | None = None) -> nn.Module:
     """The model, patched and with what is trained."""
     # FSDP keeps the weights of a layer as one piece, of one dtype.
-    lower = not args.full and torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true"
+    lower = not args.full and torch.cuda.is_available() and not SHARDS
     auto = torch.bfloat16 if lower else torch.float32
     if args.full and args.dtype not in ("auto", "float32"):
         raise SystemExit(f"--dtype {args.dtype} is for frozen weights; with --full, all weights are trained in float32")
@@ -529,11 +558,13 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(language_data(args, tokenizer, config.window, enough, quiet), folder / "sequences.pt")
             rows, held = torch.load(folder / "sequences.pt", mmap=True)
-        options = {"train_dataset": Blocks(rows), "eval_dataset": Blocks(held)}
+        options = {"train_dataset": Blocks(rows), "eval_dataset": Blocks(held), "data_collator": default_data_collator}
     if not quiet:
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         print(f"{len(rows):,} sequences; {trained / 1e6:,.2f} million weights are trained; {config}")
     trainer = FreqKVTrainer(model=model, args=training, processing_class=tokenizer, **options)
+    if SHARDS and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise SystemExit("accelerate shards (FSDP) on several accelerators only: launch on CPUs without this config")
     if args.recipe == "lm":
         trainer.measure = Measure(tokenizer, held, config, args.eval_lengths, quiet)
     trainer.train(resume_from_checkpoint={None: None, "last": True}.get(args.resume, args.resume))
@@ -578,6 +609,9 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
         f'model = PeftModel.from_pretrained(base, "{args.output}")'
     )
     imports = "" if args.full else "from peft import PeftModel\n"
+    measured = "text, streamed through a cache of N entries, by position"
+    if args.recipe == "sft":
+        measured = "records, loss on the answers"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return f"""---
 base_model: {args.model}
@@ -614,7 +648,7 @@ transformers {transformers.__version__}.
 
 ## Evaluation
 
-Held-out {"records, loss on the answers" if args.recipe == "sft" else "text, streamed through a cache of N entries, by position"} \
+Held-out {measured} \
 (N = {config.window}).
 
 | | before | after |

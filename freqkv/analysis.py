@@ -477,9 +477,9 @@ def _weights_present(model: nn.Module, name: str) -> Iterator[None]:
     with ExitStack() as stack:
         parts = [weight for weight in model.get_submodule(name).parameters() if hasattr(weight, "ds_id")]
         if parts:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed import zero
 
-            stack.enter_context(GatheredParameters(parts))
+            stack.enter_context(zero.GatheredParameters(parts))
         for module, hook in _hooks(model, name):
             hook.pre_forward(module)
             stack.callback(hook.post_forward, module, torch.empty(0))
