@@ -389,7 +389,7 @@ def lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
         name.rpartition(".")[2]
         for layer in support.analysis.layers
         for name, module in layer.module.named_modules()
-        if any(weight.ndim == 2 for weight in module.parameters(recurse=False))
+        if any(_dimensions(weight) == 2 for weight in module.parameters(recurse=False))
     }
     embeddings = model.get_input_embeddings()
     whole = {
@@ -415,8 +415,13 @@ def lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether it has weights for each channel and nothing else."""
-    weights = list(module.parameters())
-    return not list(module.children()) and bool(weights) and all(weight.ndim == 1 for weight in weights)
+    dimensions = [_dimensions(weight) for weight in module.parameters()]
+    return not list(module.children()) and set(dimensions) == {1}
+
+
+def _dimensions(weight: Tensor) -> int:
+    # DeepSpeed's third stage leaves an empty tensor behind, with the true shape beside it.
+    return len(getattr(weight, "ds_shape", weight.shape))
 
 
 # Training
