@@ -1,0 +1,112 @@
+"""`examples/speed.py` and `examples/peers.py` run and count right. No test asserts a time."""
+
+from __future__ import annotations
+
+import csv
+
+import peers
+import pytest
+import speed
+from transformers import AutoModelForCausalLM, DynamicCache
+
+SMALL = [
+    "--shape", "small", "--window", "64", "--rounds", "1", "--tokens", "4", "--lengths", "2", "3",
+    "--transforms", "61", "64", "--batches", "1", "3", "--device", "cpu",
+]  # fmt: skip
+
+
+def rows_of(command, tmp_path, *more):
+    speed.main([command, *SMALL, *more, "--output", str(tmp_path)])
+    (file,) = tmp_path.glob("*.csv")
+    with file.open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows
+    assert all(row["hardware"] and row["torch"] and row["commit"] for row in rows)
+    return rows
+
+
+def arms(rows, **selected):
+    return {row["arm"] for row in rows if all(row[name] == value for name, value in selected.items())}
+
+
+def test_decode(tmp_path):
+    rows = rows_of("decode", tmp_path)
+    for what in ("full window", "nothing cached", "2N tokens before", "3N tokens before"):
+        assert arms(rows, what=what) == {"DynamicCache", "FreqKV"}
+    assert {row["entries"] for row in rows if row["what"] == "3N tokens before"} == {"192", "35..64"}
+    assert all(float(row["ms_per_token"]) > 0 for row in rows)
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_prefill(tmp_path):
+    rows = rows_of("prefill", tmp_path)
+    assert arms(rows, tokens="192") == {"plain, N tokens", "FreqKV", "plain, T tokens"}
+    assert all(0 < float(row["compression_share"]) < 1 for row in rows if row["arm"] == "FreqKV")
+
+
+def test_transform(tmp_path):
+    """Each way is compared with scipy in float64 before it is timed."""
+    rows = rows_of("transform", tmp_path)
+    assert len(arms(rows, n="61")) == 5
+
+
+def test_batch(tmp_path):
+    rows = rows_of("batch", tmp_path)
+    assert arms(rows, batch="3", what="one cycle") == {"equal rows", "rows of N/4 to 2.75N tokens"}
+    assert arms(rows, batch="1", what="full window") == {"DynamicCache", "FreqKV"}
+
+
+def test_memory(tmp_path):
+    """Bytes are checked against 2 x layers x entries x heads x head size x bytes by the script itself."""
+    rows = rows_of("memory", tmp_path, "--lengths", "3")
+    held = {(row["arm"], row["windows"]): int(row["cache_bytes"]) for row in rows if row["cache_bytes"]}
+    token = 2 * 2 * 2 * 8 * 4
+    assert held == {("FreqKV", "3"): token * 64, ("DynamicCache", "3"): token * 193}
+    assert all(float(row["peak_mb"]) > 0 for row in rows if row["cache_bytes"])
+
+
+def test_compile(tmp_path):
+    rows = rows_of("compile", tmp_path)
+    assert {row["graphs_compiled_while_timed"] for row in rows} == {"0"}
+    assert len(rows) == 4
+
+
+def test_training(tmp_path):
+    rows = rows_of("training", tmp_path, "--lengths", "3")
+    assert len(arms(rows, windows="3")) == 4
+
+
+def test_arms_start_each_round_alike(tmp_path):
+    """What is timed twice is the same work."""
+    args = speed.parse_arguments(["decode", *SMALL])
+    model = speed.patched_model(args)
+    ids = speed.text(args, 4)
+    plain = speed.dynamic(args, model, 60)
+    ours = speed.FreqKVCache(model.config, window=64)
+    model(speed.text(args, 60), past_key_values=ours)
+    for _ in range(2):
+        assert speed.plain_arm(model, plain, ids) > 0
+        assert plain.get_seq_length() == 60
+        assert speed.freqkv_arm(model, ours, ids) > 0
+        assert ours.tokens_seen == 60
+
+
+def test_peers(tmp_path, shipped):
+    arguments = ["--documents", "2", "--tokens", "3", "--window", "64", "--lengths", "0.5", "2"]
+    peers.main([*arguments, "--runs", str(tmp_path), "--output", str(tmp_path / "peers.csv")])
+    with (tmp_path / "peers.csv").open() as file:
+        rows = {(row["arm"], row["prompt"]): row for row in csv.DictReader(file)}
+    ours, plain = rows["FreqKV, R = 0", "32"], rows["DynamicCache", "32"]
+    assert ours["bits_per_byte"] == plain["bits_per_byte"], "nothing is compressed yet"
+    assert rows["FreqKV, R = 0", "128"]["bits_per_byte"] != rows["DynamicCache", "128"]["bits_per_byte"]
+    assert rows["FreqKV, R = 0", "128"]["cache_bytes"] == ours["cache_bytes"]
+    config = AutoModelForCausalLM.from_pretrained(shipped).config
+    size = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
+    assert int(plain["cache_bytes"]) == size * 35
+    assert int(rows["DynamicCache", "128"]["cache_bytes"]) == size * 131
+    assert peers.cache_bytes(DynamicCache(config=config)) == 0
+
+
+def test_presses_need_their_package(tmp_path):
+    with pytest.raises(SystemExit, match="kvpress in an environment of its own"):
+        peers.main(["--presses", "--runs", str(tmp_path), "--output", str(tmp_path / "peers.csv")])
