@@ -303,13 +303,13 @@ def plot(path: Path, values: dict, arms: list[tuple[str, str]]) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The arm's weights in bfloat16, with the numbers that they were trained with in their configuration."""
+    """The arm's weights in bfloat16, with the numbers that they were trained with beside them."""
     arm = ARMS[args.export]
     checkpoint = torch.load(args.runs / f"{slug(arm.name)}.seed0.pt", weights_only=False)
     model = new_model(arm)
     model.load_state_dict(checkpoint["model"])
-    model.config.freqkv = asdict(arm.config)
     model.to(torch.bfloat16).save_pretrained(TUNED)
+    (TUNED / "freqkv.json").write_text(json.dumps(asdict(arm.config), indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     tokenizer.save_pretrained(TUNED)
     exported = LlamaForCausalLM.from_pretrained(TUNED, dtype=torch.float32)
@@ -334,7 +334,7 @@ pipeline_tag: text-generation
 `examples/tiny_lm` (see its card), fine-tuned with FreqKV: {arm.name}. All weights, bfloat16.
 
 - FreqKV: window {WINDOW}, {arm.config.sink_tokens} sink tokens, retain ratio {arm.config.retain_ratio}, {arm.recent_tokens}
-  recent tokens; also in `config.json` under `freqkv`.
+  recent tokens; also in `freqkv.json`.
 - Data: the text of the base model, in sequences of {arm.windows * WINDOW} tokens, with facts and questions in
   {args.recall_share:.0%} of them; {checkpoint["tokens"]:,} tokens in {checkpoint["minutes"]:.0f} minutes on a CPU.
 - Optimizer: AdamW, learning rate {args.learning_rate:g}; warmup, linear decay to zero.

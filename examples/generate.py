@@ -1,6 +1,7 @@
 """Continue a long prompt, or chat, inside one FreqKV cache of fixed size.
 
 python examples/generate.py                        # the shipped model, on a module it was never trained on
+python examples/generate.py --tuned                # and after fine-tuning with FreqKV
 python examples/generate.py --model NAME_OR_PATH --prompt-file book.txt --max-new-tokens 20000
 python examples/generate.py --model NAME_OR_PATH --chat
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from corpus import held_out_documents
-from loading import SHIPPED, Formatter, add_cache_arguments, add_model_arguments, cache_config, load
+from loading import SHIPPED, TUNED, Formatter, add_cache_arguments, add_model_arguments, cache_config, load
 from tqdm import tqdm
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
@@ -25,6 +26,7 @@ from freqkv import FreqKVCache
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_model_arguments(parser)
+    parser.add_argument("--tuned", action="store_true", help=f"the shipped model fine-tuned with FreqKV, {TUNED.name}")
     add_cache_arguments(parser)
     parser.add_argument("--prompt-file", type=Path, help="text to continue; - reads standard input")
     parser.add_argument("--prompt-tokens", type=int, help="use only the first tokens of the prompt")
@@ -35,7 +37,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tuned:
+        if args.model != str(SHIPPED):
+            parser.error("--tuned is a model of its own: leave --model out")
+        args.model = str(TUNED)
+    return args
 
 
 class TimedStreamer(TextStreamer):
@@ -67,7 +74,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: FreqKVCache) -> fl
 
 
 def read_prompt(args: argparse.Namespace, tokenizer, window: int) -> torch.Tensor:
-    if args.prompt_file is None and args.model != str(SHIPPED):
+    if args.prompt_file is None and args.model not in (str(SHIPPED), str(TUNED)):
         raise SystemExit("give the text to continue with --prompt-file (- for standard input), or --chat")
     if args.prompt_file is not None:
         text = sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text()

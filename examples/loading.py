@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from freqkv import FreqKVConfig
 
@@ -29,10 +32,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("cache")
+    group = parser.add_argument_group(
+        "cache",
+        "Of a model that was fine-tuned with FreqKV, the numbers beside its weights (freqkv.json) are the defaults.",
+    )
     group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
-    group.add_argument("--sink-tokens", type=int, default=4, help="first tokens, never compressed")
-    group.add_argument("--retain-ratio", type=float, default=0.5, help="share of a compressed span that is kept")
+    group.add_argument("--sink-tokens", type=int, help="first tokens, never compressed; 4 by default")
+    group.add_argument("--retain-ratio", type=float, help="share of a compressed span that is kept; 0.5 by default")
     group.add_argument(
         "--recent-tokens", type=int, help="window / 8 by default, as suits models that were not fine-tuned for FreqKV"
     )
@@ -56,7 +62,11 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
+    names = [field.name for field in dataclasses.fields(FreqKVConfig)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    beside = cached_file(args.model, "freqkv.json", _raise_exceptions_for_missing_entries=False)
+    if beside is not None:
+        return FreqKVConfig(**json.loads(Path(beside).read_text()) | given).resolve(model.config)
     window = FreqKVConfig(args.window).resolve(model.config).window
     assert window is not None
-    recent = window // 8 if args.recent_tokens is None else args.recent_tokens
-    return FreqKVConfig(window, args.sink_tokens, args.retain_ratio, recent)
+    return FreqKVConfig(**{"recent_tokens": window // 8} | given | {"window": window})
