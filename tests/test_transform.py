@@ -8,9 +8,17 @@ import scipy.fft
 import torch
 
 import freqkv
+from freqkv import transform
 
 LENGTHS = [1, 2, 3, 31, 97, 508, 1021, 4092]
 PAIRS = [(freqkv.dct, scipy.fft.dct), (freqkv.idct, scipy.fft.idct)]
+
+
+@pytest.fixture(autouse=True, params=["matrix", "transforms"])
+def way(request, monkeypatch):
+    """How low-passes of any length, or of all but the longest, are computed."""
+    monkeypatch.setattr(transform, "DENSE", {"matrix": 1100, "transforms": 0}[request.param])
+    return request.param
 
 
 def _random(*shape: int) -> np.ndarray:
@@ -24,6 +32,23 @@ def _low_pass(x: np.ndarray, keep: int, axis: int) -> np.ndarray:
 
 def _relative(result: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(result - truth) / np.linalg.norm(truth))
+
+
+def test_short_spans_take_the_matrix(monkeypatch):
+    monkeypatch.undo()
+    transform._low_pass_matrix.cache_clear()
+    made = transform._low_pass_matrix.cache_info
+    before = made().misses
+    for n, times in ((transform.DENSE + 1, 0), (transform.DENSE, 1), (transform.DENSE, 1)):
+        freqkv.low_pass(torch.zeros(n, 1), 77)
+        assert made().misses == before + times
+
+
+def test_autocast_changes_nothing():
+    x = torch.from_numpy(_random(2, 31, 6)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = freqkv.low_pass(x, 12)
+    assert torch.equal(freqkv.low_pass(x, 12), low)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -114,7 +139,7 @@ def test_constants_pass_unchanged():
     assert torch.allclose(freqkv.low_pass(x, 15), torch.full((2, 15, 3), 1.5), atol=1e-6)
 
 
-def test_twiddles_made_under_inference_mode_serve_training():
+def test_tables_made_under_inference_mode_serve_training():
     x = torch.randn(2, 23, 3)
     with torch.inference_mode():
         freqkv.low_pass(x, 11)
