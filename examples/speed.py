@@ -501,7 +501,9 @@ def train_step(args: argparse.Namespace, name: str, tokens: int) -> dict:
     if "FreqKV" in name:
         freqkv.patch(model, window=args.window)
     if "checkpointing" in name:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.2x calls it by another name than those before
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     before, ids = peak(args), text(args, tokens)
 
     def step() -> None:

@@ -7,12 +7,19 @@ import csv
 import peers
 import pytest
 import speed
+import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 SMALL = [
     "--shape", "small", "--window", "64", "--rounds", "1", "--tokens", "4", "--lengths", "2", "3",
     "--transforms", "61", "64", "--batches", "1", "3", "--device", "cpu",
 ]  # fmt: skip
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Processes of their own take seconds to start."""
+    monkeypatch.setattr(speed, "in_a_process", lambda worker, *args: worker(*args))
 
 
 def rows_of(command, tmp_path, *more):
@@ -56,7 +63,7 @@ def test_batch(tmp_path):
     assert arms(rows, batch="1", what="full window") == {"DynamicCache", "FreqKV"}
 
 
-def test_memory(tmp_path):
+def test_memory(tmp_path, in_this_process):
     """Bytes are checked against 2 x layers x entries x heads x head size x bytes by the script itself."""
     rows = rows_of("memory", tmp_path, "--lengths", "3")
     held = {(row["arm"], row["windows"]): int(row["cache_bytes"]) for row in rows if row["cache_bytes"]}
@@ -71,9 +78,21 @@ def test_compile(tmp_path):
     assert len(rows) == 4
 
 
-def test_training(tmp_path):
+def test_training(tmp_path, in_this_process):
     rows = rows_of("training", tmp_path, "--lengths", "3")
     assert len(arms(rows, windows="3")) == 4
+
+
+def test_peaks_are_those_of_a_process_of_its_own():
+    args = speed.parse_arguments(["memory", *SMALL])
+    hundred = speed.in_a_process(hold, args, 100 * 2**20)
+    nothing = speed.in_a_process(hold, args, 0)
+    assert 90 * 2**20 <= hundred["peak"] - nothing["peak"] <= 110 * 2**20
+
+
+def hold(args, size):
+    held = torch.ones(size, dtype=torch.uint8)
+    return {"peak": speed.peak(args), "held": len(held)}
 
 
 def test_arms_start_each_round_alike(tmp_path):
