@@ -682,9 +682,10 @@ class _ModelForward(_Wrapper):
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
         rows = None if cache is None else cache.row_tokens
-        if rows is not None and len(rows) != batch:
+        held = None if cache is None else cache.batch_size
+        if held not in (None, batch):
             raise ValueError(
-                f"this FreqKVCache holds {len(rows)} rows, the input has {batch}: a cache serves the batch that filled it. "
+                f"this FreqKVCache holds {held} rows, the input has {batch}: a cache serves the batch that filled it. "
                 "Make one for each batch, or call reset()"
             )
         return _real_tokens(kwargs.get("attention_mask"), batch, seen, tokens, rows)

@@ -284,6 +284,13 @@ class FreqKVCache(SegmentedCache):
         return None if held is None else [layer.seen] * held.shape[0]
 
     @property
+    def batch_size(self) -> int | None:
+        """Rows of the batch that it serves; None as long as it is empty."""
+        layer = self._compressed[0]
+        held = layer.keys if layer.seen else self._last_real if self._padding else None
+        return None if held is None else held.shape[0]
+
+    @property
     def entries(self) -> int:
         """Entries that each compressed layer holds, at most `config.window`."""
         return self._compressed[0].entries

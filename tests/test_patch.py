@@ -434,7 +434,7 @@ def test_a_cache_filled_in_another_dtype_or_batch_is_refused_and_unharmed():
     with torch.no_grad():
         model(tokens(2 * N), past_key_values=cache)
         expected = model(tokens(4), past_key_values=copy.deepcopy(cache)).logits
-        with pytest.raises(ValueError, match="batch size 1, the model brings batch size 2"):
+        with pytest.raises(ValueError, match="holds 1 rows, the input has 2"):
             model(tokens(5, batch=2), past_key_values=cache)
         with pytest.raises(ValueError, match=r"dtype torch.float32, the model brings dtype torch.bfloat16"):
             copy.deepcopy(model).bfloat16()(tokens(5), past_key_values=cache)
