@@ -397,11 +397,11 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
             continue
 
         @torch.no_grad()
-        def cycles(lengths: list[int], size: int = size) -> float:
+        def cycles(make: Callable[[], Any], lengths: list[int], size: int = size) -> float:
             """Rows of these lengths, then as many tokens as lie between two compressions."""
             longest = max(lengths)
             mask = torch.tensor([[0] * (longest - m) + [1] * m for m in lengths], device=args.device)
-            cache = FreqKVCache(model.config, window=n)
+            cache = make()
             model(text(args, longest, size), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
             new = text(args, cycle, size)
             mask = torch.cat([mask, mask.new_ones(size, cycle)], dim=1)
@@ -413,15 +413,19 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
 
         ragged = [n // 4 + (5 * n // 2) * row // max(size - 1, 1) for row in range(size)]
         equal = [sum(ragged) // size] * size
-        arms = {
-            "equal rows": functools.partial(cycles, equal),
-            "rows of N/4 to 2.75N tokens": functools.partial(cycles, ragged),
-        }
-        times = interleaved(arms, max(1, args.rounds // 3), f"ragged batch {size}")
-        for name, seconds in times.items():
-            yield {"what": "one cycle", "batch": size, "arm": name,
-                   "tokens_per_s": size * cycle / statistics.median(seconds),
-                   "ratio": ratio(times, name, "equal rows")}  # fmt: skip
+        for name, make in (
+            ("FreqKV", functools.partial(FreqKVCache, model.config, window=n)),
+            ("DynamicCache", functools.partial(DynamicCache, config=model.config)),
+        ):
+            arms = {
+                f"{name}, equal rows": functools.partial(cycles, make, equal),
+                f"{name}, rows of N/4 to 2.75N tokens": functools.partial(cycles, make, ragged),
+            }
+            times = interleaved(arms, max(1, args.rounds // 3), f"ragged batch {size}")
+            for arm, seconds in times.items():
+                yield {"what": "one cycle", "batch": size, "arm": arm,
+                       "tokens_per_s": size * cycle / statistics.median(seconds),
+                       "ratio": ratio(times, arm, f"{name}, equal rows")}  # fmt: skip
 
 
 # Memory is measured in processes of their own: a peak does not go down again.

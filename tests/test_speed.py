@@ -59,7 +59,10 @@ def test_transform(tmp_path):
 
 def test_batch(tmp_path):
     rows = rows_of("batch", tmp_path)
-    assert arms(rows, batch="3", what="one cycle") == {"equal rows", "rows of N/4 to 2.75N tokens"}
+    expected = {
+        f"{c}, {rows}" for c in ("FreqKV", "DynamicCache") for rows in ("equal rows", "rows of N/4 to 2.75N tokens")
+    }
+    assert arms(rows, batch="3", what="one cycle") == expected
     assert arms(rows, batch="1", what="full window") == {"DynamicCache", "FreqKV"}
 
 
