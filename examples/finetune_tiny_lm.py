@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--windows-per-step", type=int, default=12, help="a multiple of 4; N tokens each")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW, at its peak")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, at its peak; runs stand side by side")
     parser.add_argument("--recall-share", type=float, default=0.4, help="share of sequences with facts and questions")
     parser.add_argument("--answer-weight", type=float, default=10.0, help="weight of an answer's tokens in the loss")
     parser.add_argument("--questions", type=int, default=16, help="per distance")
@@ -239,14 +239,21 @@ def results(args: argparse.Namespace) -> list[dict]:
     """Rows of all arms that are finished, in the order of the arms."""
     rows = []
     for name in ARMS:
-        for file in sorted(args.runs.glob(f"{slug(name)}.seed*.json")):
-            content = json.loads(file.read_text())
-            rows += [{**content["about"], **row} for row in content["rows"]]
+        files = args.runs.glob(f"{slug(name)}.lr*.seed*.json")
+        contents = sorted((json.loads(file.read_text()) for file in files), key=lambda content: content["about"]["seed"])
+        contents.sort(key=lambda content: content["about"]["learning_rate"] != args.learning_rate)
+        rows += [{**content["about"], **row} for content in contents for row in content["rows"]]
     return rows
 
 
 def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def run_file(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    """Where a run's results go; its weights lie beside them."""
+    rate = 0.0 if arm.kind == "base" else args.learning_rate
+    return args.runs / f"{slug(arm.name)}.lr{rate:g}.seed{seed}.json"
 
 
 def report(args: argparse.Namespace) -> None:
@@ -263,6 +270,8 @@ def report(args: argparse.Namespace) -> None:
     (args.output / "finetuning.json").write_text(json.dumps(write_about, indent=1) + "\n")
     values = defaultdict(list)
     for row in rows:
+        if row["learning_rate"] not in (0.0, args.learning_rate):
+            row["arm"] += f", learning rate {row['learning_rate']:g}"
         values[row["arm"], row["cache"], row["metric"], row["bin"]].append(row["value"])
     arms = list(dict.fromkeys((row["arm"], row["cache"]) for row in rows))
     for metric, bins, digits in (
@@ -278,7 +287,7 @@ def report(args: argparse.Namespace) -> None:
                 for cell in cells
             ]
             print(f"| {arm} | {cache} | {' | '.join(told)} | {len(cells[0])} |")
-    plot(args.output / "finetuning.png", values, arms)
+    plot(args.output / "finetuning.png", values, [(arm, cache) for arm, cache in arms if arm in ARMS])
 
 
 def plot(path: Path, values: dict, arms: list[tuple[str, str]]) -> None:
@@ -305,7 +314,7 @@ def plot(path: Path, values: dict, arms: list[tuple[str, str]]) -> None:
 def export(args: argparse.Namespace) -> None:
     """The arm's weights in bfloat16, with the numbers that they were trained with beside them."""
     arm = ARMS[args.export]
-    checkpoint = torch.load(args.runs / f"{slug(arm.name)}.seed0.pt", weights_only=False)
+    checkpoint = torch.load(run_file(args, arm, 0).with_suffix(".pt"), weights_only=False)
     model = new_model(arm)
     model.load_state_dict(checkpoint["model"])
     model.to(torch.bfloat16).save_pretrained(TUNED)
@@ -364,7 +373,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.only or ARMS:
             arm = ARMS[name]
-            file = args.runs / f"{slug(name)}.seed{seed}.json"
+            file = run_file(args, arm, seed)
             if file.exists() or (arm.kind == "base" and seed != args.seeds[0]):
                 continue
             model = new_model(arm)
@@ -377,6 +386,7 @@ def main() -> None:
                 model.load_state_dict(trained["model"])
             rows = measure(arm, model, tokenizer, args)
             about = {"arm": name, "trained_length": arm.windows * WINDOW, "tokens": trained["tokens"], "seed": seed}
+            about["learning_rate"] = 0.0 if arm.kind == "base" else args.learning_rate
             partial = file.with_suffix(".partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps({"about": about, "rows": rows}))
