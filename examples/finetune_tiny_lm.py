@@ -86,7 +86,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--windows-per-step", type=int, default=12, help="a multiple of 4; N tokens each")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, at its peak; runs stand side by side")
+    parser.add_argument(
+        "--learning-rate", type=float, default=5e-4, help="of AdamW, at its peak; runs stand side by side"
+    )
     parser.add_argument("--recall-share", type=float, default=0.4, help="share of sequences with facts and questions")
     parser.add_argument("--answer-weight", type=float, default=10.0, help="weight of an answer's tokens in the loss")
     parser.add_argument("--questions", type=int, default=16, help="per distance")
@@ -240,7 +242,9 @@ def results(args: argparse.Namespace) -> list[dict]:
     rows = []
     for name in ARMS:
         files = args.runs.glob(f"{slug(name)}.lr*.seed*.json")
-        contents = sorted((json.loads(file.read_text()) for file in files), key=lambda content: content["about"]["seed"])
+        contents = sorted(
+            (json.loads(file.read_text()) for file in files), key=lambda content: content["about"]["seed"]
+        )
         contents.sort(key=lambda content: content["about"]["learning_rate"] != args.learning_rate)
         rows += [{**content["about"], **row} for content in contents for row in content["rows"]]
     return rows
