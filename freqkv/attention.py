@@ -677,7 +677,8 @@ class _ModelForward(_Wrapper):
         if tokens == 0:
             raise ValueError(
                 f"the input has no new tokens, the cache has seen {seen}: generate takes the whole conversation as its input "
-                "and leaves out what the cache has seen. For another conversation, use another cache or reset()"
+                "and leaves out what the cache has seen, or only what is new, with an attention_mask of ones for both. For "
+                "another conversation, use another cache or reset()"
             )
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False and a FreqKVCache contradict each other: leave one of them out")
@@ -934,8 +935,30 @@ class _PrepareInputsForGeneration(_Wrapper):
         with cache.preparing() if isinstance(cache, FreqKVCache) else nullcontext():
             inputs = self.original(input_ids, *args, **kwargs)
         if isinstance(cache, FreqKVCache) and inputs.get("past_key_values") is not cache:
-            return GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
+            inputs = GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
+        if isinstance(cache, FreqKVCache):
+            _check_continues(inputs, cache.get_seq_length())
         return inputs
+
+
+def _check_continues(inputs: dict[str, Any], seen: int) -> None:
+    """That what `generate` feeds is what the cache has not seen: it cuts its input by lengths alone, and may cut wrongly."""
+    fed = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    positions = inputs.get("position_ids")
+    # Where there is padding, the forward compares its mask with what the cache holds.
+    if fed is None or positions is None or positions.ndim != 2 or inputs.get("attention_mask") is not None:
+        return
+    tokens = fed.shape[1]
+    if tokens == 0 or (tokens == 1 and positions.device.type != "cpu"):  # step by step, looking costs a device sync
+        return
+    total = int(positions[0, -1]) + 1
+    if total != seen + tokens:
+        raise ValueError(
+            f"generate counts {total} tokens and would feed {tokens} of them, but the cache has seen {seen}: some would be "
+            "left out, or enter twice. Pass the whole conversation, which is longer than what the cache has seen; or only what "
+            f"is new, with an attention_mask of ones for the {seen} tokens and the new ones; or call cache.reset(). Assisted "
+            "decoding and prompt lookup begin with an empty cache: transformers feeds the whole text to them"
+        )
 
 
 class _OneLayer(SegmentedCache):

@@ -663,3 +663,31 @@ def test_a_compiled_model():
     output = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
     torch.compiler.reset()
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("length", [2 * N, 3 * N + 1, 3 * N + 8])
+def test_an_input_that_is_no_continuation_is_refused_and_the_cache_unharmed(length):
+    """`generate` cuts its input by lengths alone: one that is not longer than what was seen would enter in part, again."""
+    model = own_model()
+    freqkv.patch(model)
+    whole = tokens(3 * N + 9)
+    cache = FreqKVCache(model.config, window=N)
+    first = model.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="some would be left out, or enter twice"):
+        model.generate(whole[:, :length], past_key_values=cache, max_new_tokens=3, do_sample=False)
+    going_on = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    fresh = FreqKVCache(model.config, window=N)
+    assert torch.equal(going_on, model.generate(first, past_key_values=fresh, max_new_tokens=5, do_sample=False))
+
+
+def test_drafts_need_an_empty_cache():
+    """transformers feeds the whole text to assisted decoding, whatever the cache has seen."""
+    model = own_model()
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    lookup = {"past_key_values": cache, "max_new_tokens": 5, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    first = model.generate(tokens(N + 3), **lookup)
+    seen = cache.tokens_seen
+    with pytest.raises(ValueError, match="prompt lookup begin with an empty cache"):
+        model.generate(torch.cat([first, tokens(4, seed=5)], dim=1), **lookup)
+    assert cache.tokens_seen == seen
