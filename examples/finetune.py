@@ -610,7 +610,8 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
     loading = (
         f'model = AutoModelForCausalLM.from_pretrained("{args.output}")'
         if args.full
-        else f'base = AutoModelForCausalLM.from_pretrained("{args.model}")\n'
+        # what was trained in float32 would be cast to the checkpoint's own dtype
+        else f'base = AutoModelForCausalLM.from_pretrained("{args.model}", dtype="float32")\n'
         f'model = PeftModel.from_pretrained(base, "{args.output}")'
     )
     imports = "" if args.full else "from peft import PeftModel\n"
