@@ -23,18 +23,19 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import TEST, RecallTask, held_out_documents, training_documents
+from corpus import TEST, VALIDATION, RecallTask, held_out_documents, training_documents
 from evaluate import about_run
 from loading import SHIPPED, TUNED, Formatter
 from torch.nn import functional
 from tqdm import tqdm
 from train_tiny_lm import WINDOW, hardware, save_checkpoint, tokenize
-from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Cache, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
@@ -106,19 +107,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Sequences:
-    """The n-th training sequence of a length for any n. All lengths are cut from the same stretches of 4 windows."""
+    """The n-th sequence of a length for any n. All lengths are cut from the same stretches of 4 windows."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, args: argparse.Namespace) -> None:
-        encoded = tokenize(tokenizer, [text for _, text in training_documents()])
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, documents: list[str], seed: int, args: argparse.Namespace
+    ) -> None:
+        encoded = tokenize(tokenizer, documents)
         rng = np.random.default_rng(seed)
         self._stream = np.concatenate([encoded[i] for i in rng.permutation(len(encoded))])
-        self._order = rng.permutation((len(self._stream) - 1) // (4 * WINDOW))
+        self.stretches = (len(self._stream) - 1) // (4 * WINDOW)
+        self._order = rng.permutation(self.stretches)
         self._task, self._seed, self._args = RecallTask(tokenizer), seed, args
 
     def sequence(self, index: int, windows: int) -> tuple[list[int], list[float]]:
         """Ids of `windows * WINDOW + 1` tokens and the weight of each in the loss."""
         stretch, part = divmod(index, 4 // windows)
-        start = int(self._order[stretch % len(self._order)]) * 4 * WINDOW + part * windows * WINDOW
+        start = int(self._order[stretch % self.stretches]) * 4 * WINDOW + part * windows * WINDOW
         ids = self._stream[start : start + windows * WINDOW + 1].tolist()
         rng = random.Random(f"{self._seed} {stretch} {part}")
         if rng.random() >= self._args.recall_share:
@@ -139,6 +143,17 @@ class Sequences:
         return torch.tensor(ids), torch.tensor(weights)
 
 
+def weighted_losses(
+    model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the weighted losses and of the weights of a batch, in one forward without a cache."""
+    ids, weights = ids.to(model.device), weights[:, 1:].flatten().to(model.device)
+    # Without autocast: few CPUs are faster in bfloat16, and some are slower by an order of magnitude.
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    losses = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights).sum(), weights.sum()
+
+
 def new_model(arm: Arm) -> LlamaForCausalLM:
     config = {}
     if arm.kind == "full":
@@ -154,19 +169,14 @@ def train(arm: Arm, seed: int, args: argparse.Namespace, tokenizer: PreTrainedTo
     if arm.kind == "cache":
         freqkv.patch(model, arm.config, compressor=arm.compressor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    sequences = Sequences(tokenizer, seed, args)
+    sequences = Sequences(tokenizer, [text for _, text in training_documents()], seed, args)
     started, losses = time.monotonic(), []
     for step in tqdm(range(args.steps), desc=f"{arm.name}, seed {seed}", unit="step", mininterval=5):
         factor = min(1.0, (step + 1) / (0.1 * args.steps), (args.steps - step) / (0.9 * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * factor
-        ids, weights = sequences.batch(step, arm.windows)
-        ids, weights = ids.to(device), weights[:, 1:].flatten().to(device)
-        # Without autocast: few CPUs are faster in bfloat16, and some are slower by an order of magnitude.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-        loss = (
-            functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none") * weights
-        ).sum() / weights.sum()
+        total, weight = weighted_losses(model, *sequences.batch(step, arm.windows))
+        loss = total / weight
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -185,18 +195,43 @@ def train(arm: Arm, seed: int, args: argparse.Namespace, tokenizer: PreTrainedTo
 # Measuring
 
 
-def caches(arm: Arm, model: LlamaForCausalLM) -> dict:
-    """With which caches an arm is measured: those that it was trained for, or all that it was not trained for."""
+def measured_as(arm: Arm) -> dict[str, Arm]:
+    """With which caches an arm is measured: the one that it was trained for, or all if it was trained for none."""
     if arm.kind == "full":
-        return {"full attention": functools.partial(DynamicCache, config=model.config)}
-    others = [Arm("", 0, "cache", 0, freqkv.keep_recent), Arm("", 0, "cache"), Arm("", 0, "cache", RECENT)]
-    names = ("sinks + most recent", "FreqKV, R = 0", "FreqKV, R = N/8")
-    measured = [arm] if arm.kind == "cache" else others
-    return {
-        name: functools.partial(FreqKVCache, model.config, each.config, compressor=each.compressor)
-        for each, name in zip(others, names, strict=True)
-        if any((m.recent_tokens, m.compressor) == (each.recent_tokens, each.compressor) for m in measured)
+        return {"full attention": arm}
+    kinds = {
+        "sinks + most recent": Arm("", 4, "cache", 0, freqkv.keep_recent),
+        "FreqKV, R = 0": Arm("", 4, "cache"),
+        "FreqKV, R = N/8": Arm("", 4, "cache", RECENT),
     }
+    if arm.kind != "cache":
+        return kinds
+    method = (arm.recent_tokens, arm.compressor)
+    return {name: each for name, each in kinds.items() if (each.recent_tokens, each.compressor) == method}
+
+
+def new_cache(arm: Arm, model: LlamaForCausalLM) -> Cache:
+    if arm.kind == "full":
+        return DynamicCache(config=model.config)
+    return FreqKVCache(model.config, arm.config, compressor=arm.compressor)
+
+
+@torch.no_grad()
+def validation_loss(
+    arm: Arm, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> float:
+    """The loss of training on the validation modules, by which learning rates and the weights that ship are chosen.
+
+    In sequences of 4 windows, whatever the arm was trained on, so that arms with the same cache can be compared; full
+    attention in those of its own length.
+    """
+    sequences = Sequences(tokenizer, [text for _, text in held_out_documents(VALIDATION)], 0, args)
+    with freqkv.patch(model, arm.config, compressor=arm.compressor) if arm.kind == "cache" else nullcontext():
+        batches = [
+            weighted_losses(model, *sequences.batch(step, arm.windows))
+            for step in range(4 * sequences.stretches // args.windows_per_step)
+        ]
+    return sum(total.item() for total, _ in batches) / sum(weight.item() for _, weight in batches)
 
 
 def measure(
@@ -215,10 +250,14 @@ def measure(
         for distance in distances
         for index in range(args.questions)
     ]
+    rows = []
+    for cache, measured in measured_as(arm).items():
+        value = validation_loss(measured, model, tokenizer, args)
+        rows.append({"cache": cache, "metric": "validation loss", "bin": "all", "value": value})
     if arm.kind != "full":
         freqkv.patch(model)
-    rows = []
-    for cache, make in caches(arm, model).items():
+    for cache, measured in measured_as(arm).items():
+        make = functools.partial(new_cache, measured, model)
         losses = torch.cat([token_losses(model, row[None], make(), chunk_size=WINDOW) for row in ids])
         for metric, edges in (
             ("bits per byte", SUMMARY),
@@ -281,6 +320,7 @@ def report(args: argparse.Namespace) -> None:
     for metric, bins, digits in (
         ("bits per byte", ["0-1N", "1-2N", "2-4N", "4-16N"], 3),
         ("recall", list(DISTANCES), 2),
+        ("validation loss", ["all"], 4),
     ):
         print(f"\n| {metric} | measured with | {' | '.join(bins)} | seeds |\n|---|---|{'---|' * len(bins)}---|")
         for arm, cache in arms:
