@@ -543,8 +543,10 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     """
     if isinstance(model, PreTrainedModel):
         return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pass a transformers model, not a {type(model).__name__}")
     found: list[PreTrainedModel] = []
-    for inner in model.modules() if isinstance(model, nn.Module) else ():
+    for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not any(inner in set(outer.modules()) for outer in found):
             found.append(inner)
     if len(found) != 1:

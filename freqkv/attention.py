@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 
 from freqkv.analysis import Analysis, AttentionLayer, analyse, find_model
 from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, uncompiled
-from freqkv.compressors import Compressor, check_compressor, low_pass_entries
+from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import Packing, RaggedRound
@@ -166,7 +166,9 @@ class Patch:
             self._shared.config, self._shared.compressor = self._previous
 
     def __repr__(self) -> str:
-        numbers = "calls with a FreqKVCache" if self.config is None else str(self.config)
+        numbers = "calls with a FreqKVCache"
+        if self.config is not None:
+            numbers = f"{self.config}, compressor={compressor_name(self._shared.compressor)}"
         lines = [f"freqkv.Patch({type(self.model).__name__}, {numbers})"]
         analysis = self._shared.analysis
         told = {layer.layer_idx: str(layer) for layer in analysis.layers}
@@ -932,6 +934,8 @@ class _PrepareInputsForGeneration(_Wrapper):
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, FreqKVCache):
+            cache.check_usable()  # before its lengths are looked at
         with cache.preparing() if isinstance(cache, FreqKVCache) else nullcontext():
             inputs = self.original(input_ids, *args, **kwargs)
         if isinstance(cache, FreqKVCache) and inputs.get("past_key_values") is not cache:

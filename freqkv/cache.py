@@ -197,6 +197,8 @@ class FreqKVCache(SegmentedCache):
                 "offloading=True: FreqKV does not move entries between devices. The cache never grows beyond its window: pass "
                 "a smaller window, or use transformers' DynamicCache(config=model.config, offloading=True)"
             )
+        if not isinstance(static, bool):
+            raise TypeError(f"static must be True or False, got {static!r}")
         if not hasattr(model_config, "get_text_config"):
             raise TypeError(
                 f"pass model.config of the model that will use the cache, not a {type(model_config).__name__}"
@@ -676,7 +678,8 @@ class FreqKVCache(SegmentedCache):
         name = compressor_name(self.compressor)
         return (
             f"FreqKVCache(window={numbers.window}, sink_tokens={numbers.sink_tokens}, retain_ratio="
-            f"{numbers.retain_ratio}, recent_tokens={numbers.recent_tokens}, compressor={name}: {about})"
+            f"{numbers.retain_ratio}, recent_tokens={numbers.recent_tokens}, compressor={name}"
+            f"{', static=True' if self.static else ''}: {about})"
         )
 
     def _layers_in_words(self) -> str:

@@ -436,10 +436,16 @@ class FreqKVLayer(CacheLayerMixin):
         for row in over:
             recorded = None if past is None else past.tokens[row]
             if recorded is None or compressions(recorded) != compressions(after[row]):
+                hint = (
+                    "or call cache.activate_past_recording() before: it keeps what was there before the last compression"
+                    if not self.record_past
+                    else f"or remove fewer than the {self.schedule.step} tokens between two compressions: past recording "
+                    "keeps what was there before the last one. Of drafts, num_assistant_tokens and prompt_lookup_num_tokens "
+                    "set the number"
+                )
                 raise RuntimeError(
                     f"cannot remove {removed} tokens: the cache was compressed since, and the entries from before are gone. "
-                    "Keep a copy (copy.deepcopy(cache)) to return to, or call cache.activate_past_recording() before: it keeps "
-                    "what was there before the last compression"
+                    f"Keep a copy (copy.deepcopy(cache)) to return to, {hint}"
                 )
         if over and past is not None:
             if len(over) == batch:

@@ -470,6 +470,8 @@ def _write(path: Path, data: bytes) -> None:
     """Replace a file as a whole, or leave all as it was."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "name a file to save to, not a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to save to", str(path.parent))
     temporary = path.with_name(f".freqkv-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:

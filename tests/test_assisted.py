@@ -303,9 +303,22 @@ def test_without_recording_a_crop_goes_back_to_the_last_compression_or_changes_n
         feed(truth, ids, [1] * (fed - gone))
     else:
         truth = copy.deepcopy(cache)
-        with pytest.raises(RuntimeError, match=f"cannot remove {gone} tokens: the cache was compressed since"):
+        with pytest.raises(
+            RuntimeError, match=rf"cannot remove {gone} tokens: .* compressed since.*activate_past_recording"
+        ):
             cache.crop(-gone)
     assert same_from_here(cache, truth, exact=True)
+
+
+def test_what_a_crop_over_two_compressions_advises():
+    cache = FreqKVCache(MODEL.config, CONFIG)
+    feed(cache, tokens(N), [N])
+    cache.activate_past_recording()
+    feed(cache, tokens(STEP + 1), [STEP + 1])
+    with pytest.raises(
+        RuntimeError, match=f"fewer than the {STEP} tokens between two compressions.*num_assistant_tokens"
+    ):
+        cache.crop(-STEP - 1)
 
 
 def test_crop_takes_any_whole_number():

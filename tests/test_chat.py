@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -53,7 +54,8 @@ class Terminal:
         start, end = len(self.text), time.monotonic() + timeout
         while pattern is None or not re.search(pattern, self.text[start:]):
             ready, _, _ = select.select([self.terminal], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no {pattern} in {self.text[start:]!r}"
+            if not ready:
+                raise TimeoutError(f"no {pattern} in {self.text[start:]!r}")
             try:
                 data = os.read(self.terminal, 1 << 16)
             except OSError:  # the other end is closed
@@ -63,6 +65,16 @@ class Terminal:
                 break
             self.text += data.decode(errors="replace").replace("\r\n", "\n")
         return self.text[start:]
+
+    def interrupted_until(self, pattern, tries=20):
+        """Ctrl-C until it is heard: input() of Python may miss it in the moment in which it shows its prompt."""
+        start = len(self.text)
+        for _ in range(tries):
+            self.send("\x03")
+            with contextlib.suppress(TimeoutError):
+                self.until(pattern, timeout=2)
+                return self.text[start:]
+        raise AssertionError(f"no {pattern} in {self.text[start:]!r}")
 
     def says(self, line):
         self.send(line + "\n")
@@ -100,9 +112,7 @@ def test_a_conversation_over_two_sittings(tmp_path, model):
             terminal.until(message + r"\n[\s\S]{20}")
             terminal.send("\x03\x03")  # in mid-answer, and once more by the impatient
             assert terminal.until("you: $").endswith("[stopped]\nyou: ")
-        time.sleep(0.5)  # input() of Python hears Ctrl-C a moment after it shows its prompt
-        terminal.send("\x03")
-        assert "/quit ends the chat" in terminal.until("you: $")
+        terminal.interrupted_until(r"/quit ends the chat\]\nyou: $")
         memory = terminal.says("/memory")
         seen = tokens_in(memory)
         assert re.search(r"\d+ of 64 entries.* 393,216 bytes of keys and values, process \d+ MB", memory)

@@ -320,6 +320,11 @@ def test_a_cache_tells_its_state():
         f"69 tokens seen, 21/23 entries held, 6 compressions, {size} bytes of float32 on cpu)"
     )
     assert repr(cache.layers[0]) == "FreqKVLayer(21/23 entries, 69 tokens seen)"
+    assert "compressor=low_pass_entries, static=True: " in repr(FreqKVCache(model.config, window=N, static=True))
+    with pytest.raises(TypeError, match="static must be True or False, got 'yes'"):
+        FreqKVCache(model.config, window=N, static="yes")
+    assert "compressor=keep_recent)" in repr(freqkv.patch(model, window=N, compressor=freqkv.keep_recent))
+    freqkv.patch(model)
     assert len(cache) == 2
     assert cache.get_mask_sizes(1, 0) == (22, 48)
     assert cache.get_max_length() == -1
