@@ -535,13 +535,25 @@ def load(args: argparse.Namespace, config: FreqKVConfig | None = None) -> nn.Mod
     return model if args.full else lora(model, args)
 
 
+def check_unused(folder: Path) -> None:
+    """That a run does not write over what an earlier one left."""
+    results = ("model*.safetensors", "adapter_model.safetensors", "checkpoint-*")
+    left = sorted(file.name for pattern in results for file in folder.glob(pattern))
+    if left:
+        raise SystemExit(f"{folder} holds {left[0]} of an earlier run: --resume it, or name another --output")
+
+
 def numbers(args: argparse.Namespace, model_config: Any) -> FreqKVConfig:
-    given = FreqKVConfig(args.window, args.sink_tokens, args.retain_ratio, args.recent_tokens)
-    return given.resolve(model_config)
+    try:
+        return FreqKVConfig(args.window, args.sink_tokens, args.retain_ratio, args.recent_tokens).resolve(model_config)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> Trainer:
     args = parse_arguments(arguments)
+    if args.resume is None and int(os.environ.get("RANK", "0")) == 0:
+        check_unused(args.output)
     training = training_arguments(args)  # before the model: DeepSpeed's third stage shards it as it is loaded
     set_seed(args.seed)
     quiet = not training.should_log

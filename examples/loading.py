@@ -62,6 +62,14 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
+    """The numbers of the command line, with defaults from beside the model; ends the script where they contradict."""
+    try:
+        return _cache_config(args, model)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def _cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
     names = [field.name for field in dataclasses.fields(FreqKVConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     beside = cached_file(args.model, "freqkv.json", _raise_exceptions_for_missing_entries=False)

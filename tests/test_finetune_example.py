@@ -124,6 +124,14 @@ def test_resume_gives_the_uninterrupted_curve(run, tmp_path):
         assert torch.equal(one, other), name
 
 
+def test_an_earlier_run_is_not_written_over(run):
+    folder, _ = run
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(SystemExit, match=r"holds adapter_model.safetensors of an earlier run: --resume it"):
+        finetune.main([*QUICK, "--output", str(folder)])
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
 def launch(tmp_path, script, *arguments, config=None, **environment):
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path]), "OMP_NUM_THREADS": "1", **environment

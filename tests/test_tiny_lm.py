@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import corpus
+import loading
 import pytest
 import torch
 import train_tiny_lm
@@ -138,6 +140,16 @@ def test_generate_script_on_a_file_and_in_a_chat(tmp_path, shipped):
     )  # fmt: skip
     assert output.count("you: ") == 4
     assert "compressions" in output
+
+
+def test_scripts_say_which_number_cannot_be(model):
+    parser = argparse.ArgumentParser()
+    loading.add_model_arguments(parser)
+    loading.add_cache_arguments(parser)
+    assert loading.cache_config(parser.parse_args([]), model) == FreqKVConfig(512, recent_tokens=64)
+    for arguments, told in ((["--window", "5"], "window=5"), (["--retain-ratio", "2"], "retain_ratio")):
+        with pytest.raises(SystemExit, match=told):
+            loading.cache_config(parser.parse_args(arguments), model)
 
 
 def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
