@@ -33,6 +33,7 @@ import torch
 from evaluate import about_run
 from loading import SHIPPED, Formatter
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -56,6 +57,19 @@ SHAPES = {
     },
 }  # fmt: skip
 LENGTHS = (252, 508, 1020, 2044, 4092, 8188, 32764)
+OPERATORS = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum"),
+    "attention": (
+        "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "softmax",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_flash_attention_forward",
+        "_scaled_dot_product_attention_math", "_efficient_attention_forward", "_scaled_dot_product_cudnn_attention",
+    ),
+    "copies": ("cat", "copy_", "clone", "contiguous", "index", "index_copy_", "_to_copy", "to", "repeat", "index_put_"),
+    "views": (
+        "slice", "view", "as_strided", "transpose", "t", "expand", "reshape", "unsqueeze", "select", "narrow", "permute",
+        "_unsafe_view", "detach", "alias", "squeeze", "unflatten", "expand_as", "_reshape_alias",
+    ),
+}  # fmt: skip
 DENSE_LIMIT = 8188  # a dense matrix for more is gigabytes
 
 Arms = dict[str, Callable[[], float]]
@@ -578,6 +592,72 @@ def compiled(args: argparse.Namespace) -> Iterator[dict]:
                "graphs_compiled_while_timed": graphs["unique_graphs"] - before}  # fmt: skip
 
 
+def profile(args: argparse.Namespace) -> Iterator[dict]:
+    """Where the time goes: operators of torch by their own time, and what lies between them (Python, dispatch)."""
+    model, n, k = patched_model(args), args.window, args.tokens
+    device = torch.device(args.device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    ids, windows = text(args, k), (args.lengths or [4])[0]
+    with torch.no_grad():
+        cache, plain = FreqKVCache(model.config, window=n), DynamicCache(config=model.config)
+        for each in (cache, plain):
+            model(text(args, n - k), past_key_values=each, logits_to_keep=1)
+
+    @torch.no_grad()
+    def read(windows: int, make: Callable[[], Any], times: int = 1) -> float:
+        prompt = text(args, windows * n)
+
+        def prompts() -> None:
+            for _ in range(times):
+                model(prompt, past_key_values=make(), logits_to_keep=1)
+
+        return timed(prompts, device)
+
+    ours, theirs = (
+        functools.partial(FreqKVCache, model.config, window=n),
+        functools.partial(DynamicCache, config=model.config),
+    )
+    for what, unit, arms in (
+        (
+            "a token with a full window", k,
+            {
+                "DynamicCache": functools.partial(plain_arm, model, plain, ids),
+                "FreqKV": functools.partial(freqkv_arm, model, cache, ids),
+            },
+        ),
+        (
+            f"a prompt of {windows} windows", 1,
+            {
+                f"DynamicCache, {windows} prompts of N": functools.partial(read, 1, theirs, windows),
+                "FreqKV": functools.partial(read, windows, ours),
+            },
+        ),
+    ):  # fmt: skip
+        times = interleaved(arms, args.rounds, what)
+        for name, arm in arms.items():
+            call = arm
+            if arm.func is freqkv_arm:  # which goes back after it has looked at its clock
+                call = functools.partial(decode_tokens, model, cache, ids)
+            with torch.profiler.profile(activities=activities) as profiler:
+                call()
+            wall = statistics.median(times[name]) / unit * 1e6
+            spent = dict.fromkeys([*OPERATORS, "elementwise and the rest"], (0.0, 0.0))
+            for event in profiler.key_averages():
+                if not event.key.startswith("aten::"):
+                    continue
+                operator = event.key.removeprefix("aten::")
+                kind = next(
+                    (kind for kind, names in OPERATORS.items() if operator in names), "elementwise and the rest"
+                )
+                us, calls = spent[kind]
+                own = event.self_device_time_total or event.self_cpu_time_total
+                spent[kind] = us + own / unit, calls + event.count / unit
+            spent["between operators"] = wall - sum(us for us, _ in spent.values()), 0.0
+            spent["all"] = wall, sum(calls for _, calls in spent.values())
+            for kind, (us, calls) in spent.items():
+                yield {"what": what, "arm": name, "operators": kind, "us": us, "share": us / wall, "calls": calls}
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[dict]]] = {
     "decode": decode,
     "prefill": prefill,
@@ -586,6 +666,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[dict]]] = {
     "memory": memory,
     "compile": compiled,
     "training": training,
+    "profile": profile,
 }
 
 

@@ -75,6 +75,17 @@ def test_memory(tmp_path, in_this_process):
     assert all(float(row["peak_mb"]) > 0 for row in rows if row["cache_bytes"])
 
 
+def test_profile(tmp_path):
+    rows = rows_of("profile", tmp_path)
+    assert arms(rows, what="a token with a full window") == {"DynamicCache", "FreqKV"}
+    assert arms(rows, what="a prompt of 2 windows") == {"DynamicCache, 2 prompts of N", "FreqKV"}
+    for arm in ("DynamicCache", "FreqKV"):
+        told = {row["operators"]: row for row in rows if row["arm"] == arm and row["what"].startswith("a token")}
+        products = 2 * 7 + 1  # of each layer, and the output matrix
+        assert float(told["matrix products"]["calls"]) % products == 0
+        assert sum(float(row["share"]) for row in told.values()) == pytest.approx(2, abs=1e-3)
+
+
 def test_compile(tmp_path):
     rows = rows_of("compile", tmp_path)
     assert {row["graphs_compiled_while_timed"] for row in rows} == {"0"}
