@@ -88,15 +88,24 @@ def write_documents(args: argparse.Namespace) -> None:
 
 
 def own_arms(args: argparse.Namespace, config: Any) -> dict[str, Arm]:
+    from speed import reference_low_pass
+
     import freqkv
     from freqkv import FreqKVCache
 
     n = args.window
+
+    def by_the_reference(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        return reference_low_pass(keys, keep), reference_low_pass(values, keep)
+
     arms = {
         ANCHOR: Arm(lambda prompt: DynamicCache(config=config)),
         "StaticCache": Arm(lambda prompt: StaticCache(config=config, max_cache_len=prompt + args.tokens)),
         "FreqKV, R = 0": Arm(lambda prompt: FreqKVCache(config, window=n)),
         "FreqKV, R = N/8": Arm(lambda prompt: FreqKVCache(config, window=n, recent_tokens=n // 8)),
+        "FreqKV, R = 0, reference's transform": Arm(
+            lambda prompt: FreqKVCache(config, window=n, compressor=by_the_reference)
+        ),
         "sinks + most recent": Arm(lambda prompt: FreqKVCache(config, window=n, compressor=freqkv.keep_recent)),
     }
     for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):

@@ -9,7 +9,9 @@ where is measured by `examples/speed.py transform`.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import scipy.fft
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 __all__ = ["compute_dtype", "dct", "idct", "low_pass"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 DENSE = 512  # entries up to which a matrix product is faster than transforms, with derivatives or without
 
 
@@ -151,7 +154,19 @@ def _idct(x: Tensor) -> Tensor:  # (..., n) -> (..., n)
     return torch.stack([even, odd], dim=-1).flatten(-2)
 
 
-@lru_cache(maxsize=64)
+def _constant(function: Function) -> Function:
+    """Keep what it makes of each size; in compiled graphs it is a constant, where Dynamo would trace how it is made."""
+    kept = lru_cache(maxsize=16)(function)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @wraps(kept)
+    def constant(*args: Any) -> Any:
+        return kept(*args)
+
+    return constant  # type: ignore[no-any-return]
+
+
+@_constant
 def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Cos and sin of pi k / 2n for k <= n / 2, and the orthonormal scale of all n coefficients."""
     with torch.inference_mode(False):  # these outlive the call: inference tensors could not enter a graph later
@@ -162,7 +177,7 @@ def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
         return cos, sin, scale
 
 
-@lru_cache(maxsize=16)
+@_constant
 def _low_pass_matrix(n: int, keep: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`(keep, n)`: what each entry of the input gives to each of the output."""
     with torch.inference_mode(False):

@@ -44,6 +44,7 @@ class Terminal:
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which jobs in the background of a shell ignore
             os.execv(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)])
 
     def send(self, keys):
