@@ -948,14 +948,20 @@ class _PrepareInputsForGeneration(_Wrapper):
 def _check_continues(inputs: dict[str, Any], seen: int) -> None:
     """That what `generate` feeds is what the cache has not seen: it cuts its input by lengths alone, and may cut wrongly."""
     fed = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    positions = inputs.get("position_ids")
-    # Where there is padding, the forward compares its mask with what the cache holds.
-    if fed is None or positions is None or positions.ndim != 2 or inputs.get("attention_mask") is not None:
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if fed is None or fed.shape[1] == 0:
         return
     tokens = fed.shape[1]
-    if tokens == 0 or (tokens == 1 and positions.device.type != "cpu"):  # step by step, looking costs a device sync
-        return
-    total = int(positions[0, -1]) + 1
+    if mask is not None:  # positions leave out the padding, its columns do not
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return
+        total = mask.shape[1]
+    else:
+        if positions is None or positions.ndim != 2:
+            return
+        if tokens == 1 and positions.device.type != "cpu":  # step by step, looking costs a device sync
+            return
+        total = int(positions[0, -1]) + 1
     if total != seen + tokens:
         raise ValueError(
             f"generate counts {total} tokens and would feed {tokens} of them, but the cache has seen {seen}: some would be "

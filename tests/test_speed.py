@@ -79,11 +79,12 @@ def test_profile(tmp_path):
     rows = rows_of("profile", tmp_path)
     assert arms(rows, what="a token with a full window") == {"DynamicCache", "FreqKV"}
     assert arms(rows, what="a prompt of 2 windows") == {"DynamicCache, 2 prompts of N", "FreqKV"}
+    products = []
     for arm in ("DynamicCache", "FreqKV"):
         told = {row["operators"]: row for row in rows if row["arm"] == arm and row["what"].startswith("a token")}
-        products = 2 * 7 + 1  # of each layer, and the output matrix
-        assert float(told["matrix products"]["calls"]) % products == 0
+        products.append(float(told["matrix products"]["calls"]))
         assert sum(float(row["share"]) for row in told.values()) == pytest.approx(2, abs=1e-3)
+    assert products[0] == products[1] >= 2 * 7 + 1  # of each layer, and the output matrix: the cache adds none
 
 
 def test_compile(tmp_path):
