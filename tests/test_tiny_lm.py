@@ -153,7 +153,11 @@ def test_scripts_say_which_number_cannot_be(model):
 
 
 def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
-    """Interrupted and resumed, the script gives the weights of the run that was not, and a card."""
+    """A resumed run starts from the very state that was saved and is fed what the uninterrupted run is; it ends with a card.
+
+    State, data and learning rates are compared exactly, losses to what rounding makes of six steps: bfloat16 products are not
+    the same to the bit on every machine and run, and AdamW's first steps make a whole step of the sign of a rounding error.
+    """
     documents = corpus.training_documents()[:25]
     monkeypatch.setattr(train_tiny_lm, "training_documents", lambda: documents)
     monkeypatch.setattr(train_tiny_lm, "train_tokenizer", lambda *args: copy.deepcopy(tokenizer))
@@ -182,16 +186,44 @@ def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
         train_tiny_lm.train(args)
         return args
 
-    for name, budgets in {"whole": [6], "halves": [3, 6]}.items():
-        for budget in budgets:
-            resume = ["--resume"] if budget != budgets[0] else []
-            # the plateau lasts to the end, so that the two runs have the same learning rates
-            args = train(name, "--steps", str(budget), "--decay", "0.0001", "--warmup", "0.0001", *resume)
+    optimizers, steps = [], []
+
+    def new_optimizers(*args):
+        optimizers[:] = original_optimizers(*args)
+        return [*optimizers]
+
+    def training_loss(model, ids, weights):
+        state = copy.deepcopy((model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]))
+        loss = original_loss(model, ids, weights)
+        steps.append((ids, weights, state, loss.item()))
+        return loss
+
+    original_optimizers, original_loss = train_tiny_lm.new_optimizers, train_tiny_lm.training_loss
+    monkeypatch.setattr(train_tiny_lm, "new_optimizers", new_optimizers)
+    monkeypatch.setattr(train_tiny_lm, "training_loss", training_loss)
+    # the plateau lasts to the end, so that the two runs have the same learning rates
+    plateau = ["--decay", "0.0001", "--warmup", "0.0001"]
+    train("whole", "--steps", "6", *plateau)
+    train("halves", "--steps", "3", *plateau)
+    saved = torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=False)
+    args = train("halves", "--steps", "6", *plateau, "--resume")
     train_tiny_lm.export(args)
-    whole, halves = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=False) for name in ("whole", "halves"))
-    assert whole["step"] == halves["step"] == 6
-    for name, weight in whole["model"].items():
-        assert torch.equal(weight, halves["model"][name]), name
+    assert len(steps) == 12
+    for whole, halves in zip(steps[:6], steps[6:], strict=True):
+        assert torch.equal(whole[0], halves[0])
+        assert torch.equal(whole[1], halves[1])
+        rates = [[[group["lr"] for group in each["param_groups"]] for each in step[2][1]] for step in (whole, halves)]
+        assert rates[0] == rates[1]
+        assert whole[3] == pytest.approx(halves[3], rel=1e-2)
+    assert [torch.equal(whole[0], steps[0][0]) for whole in steps[:6]] == [True] + [False] * 5
+    resumed = steps[9][2]
+    torch.testing.assert_close(resumed[0], saved["model"], rtol=0, atol=0)
+    for now, before in zip(resumed[1], saved["optimizers"], strict=True):
+        assert len(before["state"]) > 0
+        torch.testing.assert_close(now["state"], before["state"], rtol=0, atol=0)
+    final = torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=False)
+    assert final["step"] == 6
+    assert any(not torch.equal(weight, saved["model"][name]) for name, weight in final["model"].items())
     AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "model")
     assert "bits per byte" in (tmp_path / "halves" / "model" / "README.md").read_text()
 
