@@ -217,7 +217,16 @@ class Tracer:
             return True
         finally:
             sys.settrace(before)
+            restore_autocast()
         return False
+
+
+def restore_autocast():
+    """What a break between the body of `with torch.autocast` and its end leaves would give later tests stale weights."""
+    torch.autocast_increment_nesting()
+    while torch.autocast_decrement_nesting() > 0:
+        pass
+    torch.clear_autocast_cache()
 
 
 def break_at_lines(case, wanted, most):
