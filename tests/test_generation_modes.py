@@ -665,16 +665,19 @@ def test_a_compiled_model():
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [2 * N, 3 * N + 1, 3 * N + 8])
-def test_an_input_that_is_no_continuation_is_refused_and_the_cache_unharmed(length):
+def test_an_input_that_is_no_continuation_is_refused_and_the_cache_unharmed(length, masked):
     """`generate` cuts its input by lengths alone: one that is not longer than what was seen would enter in part, again."""
     model = own_model()
     freqkv.patch(model)
     whole = tokens(3 * N + 9)
     cache = FreqKVCache(model.config, window=N)
     first = model.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    shorter = whole[:, :length]
+    mask = {"attention_mask": ones(shorter)} if masked else {}
     with pytest.raises(ValueError, match="some would be left out, or enter twice"):
-        model.generate(whole[:, :length], past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(shorter, past_key_values=cache, max_new_tokens=3, do_sample=False, **mask)
     going_on = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
     fresh = FreqKVCache(model.config, window=N)
     assert torch.equal(going_on, model.generate(first, past_key_values=fresh, max_new_tokens=5, do_sample=False))
