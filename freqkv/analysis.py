@@ -8,8 +8,10 @@ twice, at slot 0 (where RoPE turns nothing) and at other slots.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -54,10 +56,15 @@ class Rotary:
 
     def version(self) -> Any:
         """An object that is another one when tables have to be made anew, as after `model.to(...)`."""
-        source = self.source
-        if isinstance(source, Tensor):
-            return source
-        return next((b for name, b in source.named_buffers() if name.endswith("inv_freq")), source)
+        source, name = self.source, self._frequencies
+        return source if name is None else operator.attrgetter(name)(source)
+
+    @functools.cached_property
+    def _frequencies(self) -> str | None:
+        """The buffer of its frequencies, if it has one."""
+        if isinstance(self.source, Tensor):
+            return None
+        return next((name for name, _ in self.source.named_buffers() if name.endswith("inv_freq")), None)
 
     def table(self, slots: int, device: torch.device) -> SlotTable:
         source = self.source

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
-from freqkv.analysis import Analysis, AttentionLayer, analyse, find_model
+from freqkv.analysis import Analysis, AttentionLayer, Rotary, analyse, find_model
 from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, uncompiled
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
@@ -187,9 +187,11 @@ class _Shared:
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
         self.kinds: dict[Any, int] = {}
+        self.places: dict[Any, int] = {}
         self._tables: dict[Any, tuple[Any, SlotTable]] = {}
-        self._rotations: dict[Any, SlotRotation] = {}
+        self._rotations: dict[Any, tuple[Any, SlotRotation]] = {}
         self._masks: dict[Any, Any] = {}
+        self.cached_mark = torch.empty(CACHED)
         self._see_all: frozenset[str] = frozenset()  # attention implementations that need no mask for a single token
 
     @property
@@ -201,19 +203,21 @@ class _Shared:
         """How a layer rotates at its slots; tables are made anew when its rotary module, or what `model.to(...)` made of
         it, is another.
         """
-        table = None
-        if layer.rotary is not None:
-            key, version = (layer.rotary, window, device), layer.rotary.version()
-            known = self._tables.get(key)
-            if known is None or known[0] is not version:
-                known = self._tables[key] = version, layer.rotary.table(window, device)
-            table = known[1]
+        version = None if layer.rotary is None else layer.rotary.version()
         scale = layer.scale()
         place = kind, window, device
-        rotation = self._rotations.get(place)
-        if rotation is None or rotation.table is not table or rotation.scale is not scale:
-            rotation = self._rotations[place] = SlotRotation(table, layer.rotation, scale)
-        return rotation
+        known = self._rotations.get(place)
+        if known is None or known[0] is not version or known[1].scale is not scale:
+            table = None if layer.rotary is None else self._table(layer.rotary, version, window, device)
+            known = self._rotations[place] = version, SlotRotation(table, layer.rotation, scale)
+        return known[1]
+
+    def _table(self, rotary: Rotary, version: Any, window: int, device: torch.device) -> SlotTable:
+        key = rotary, window, device
+        known = self._tables.get(key)
+        if known is None or known[0] is not version:
+            known = self._tables[key] = version, rotary.table(window, device)
+        return known[1]
 
     def step_tables(self, cache: FreqKVCache, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
         """The embeddings of all slots, for each kind of layer that takes them."""
@@ -242,19 +246,20 @@ class _Shared:
             for layer in self.analysis.layers
         }
 
-    def mask(self, config: Any, hidden_states: Tensor, held: int, always: bool = False) -> Any:
-        """The mask of one segment behind `held` entries, for all rows, as the attention implementation takes it.
+    def mask(
+        self, config: Any, attention: str, hidden_states: Tensor, tokens: int, held: int, always: bool = False
+    ) -> Any:
+        """The mask of `tokens` tokens behind `held` entries, for all rows, as the attention implementation takes it.
 
         It may be None where the implementation needs to be told no more than "causal", unless `always` asks for one.
         """
-        tokens, dtype, device = hidden_states.shape[1], hidden_states.dtype, hidden_states.device
-        attention = config._attn_implementation
+        dtype, device = hidden_states.dtype, hidden_states.device
         if tokens == 1 and not always and attention in self._see_all:
             return None
         key = attention, tokens, held, dtype, device
         masks = self._masks
         if key not in masks:
-            self._check_mask_function(config)
+            _check_mask_function(attention)
             # All layers of a call and all steps of a long prompt ask for the same few shapes; more need not be kept.
             with torch.inference_mode(False):
                 mask = create_causal_mask(
@@ -270,18 +275,10 @@ class _Shared:
                 self._see_all = self._see_all | {attention}
         return masks[key]
 
-    def _check_mask_function(self, config: Any) -> None:
-        if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            raise ValueError(
-                f"attn_implementation={config._attn_implementation!r} has no mask function, so that FreqKV cannot tell it "
-                "what a segment may see: register one with transformers.AttentionMaskInterface.register, or use "
-                "eager, sdpa, flex_attention or flash_attention_2"
-            )
-
     def ragged_mask(self, config: Any, hidden_states: Tensor, part: RaggedRound, aligned: bool) -> Any:
         """The same for a round of ragged rows, each of which sees its own entries."""
         dtype, device = hidden_states.dtype, hidden_states.device
-        self._check_mask_function(config)
+        _check_mask_function(config._attn_implementation)
 
         def make() -> Any:
             entries = torch.tensor(part.cut.entries, device=device)
@@ -321,6 +318,15 @@ class _Shared:
         return {**self.__dict__, "_tables": {}, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
 
 
+def _check_mask_function(attention: str) -> None:
+    if attention not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attn_implementation={attention!r} has no mask function, so that FreqKV cannot tell it what a segment may see: "
+            "register one with transformers.AttentionMaskInterface.register, or use eager, sdpa, flex_attention or "
+            "flash_attention_2"
+        )
+
+
 def _everything(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return q_idx.new_ones((), dtype=torch.bool)
 
@@ -356,12 +362,18 @@ class _Wrapper:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-class _Place(NamedTuple):
-    """Where a part of a call stands: what the cache is told, the arguments that take the place of the decoder's, the mask."""
+class _Part(NamedTuple):
+    """A part of a call that goes through the module at once, made once for all layers that stand at slots alike.
 
+    `take` picks its tokens from an argument that has an axis of them; None where the call has no others. `packing` is that
+    of ragged rows. `arguments` take the place of the decoder's.
+    """
+
+    number: int
     entering: Entering
-    positions: dict[str, Any]
-    mask: Any
+    arguments: dict[str, Any]
+    take: Callable[[Tensor, int], Tensor] | None = None
+    packing: Packing | None = None
 
 
 class _AttentionForward(_Wrapper):
@@ -369,9 +381,12 @@ class _AttentionForward(_Wrapper):
         super().__init__(layer.module, "forward", shared)
         self.layer = layer
         self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
+        alike = self.kind, id(getattr(layer.module, "config", None)), layer.keeps_state
+        self.place = shared.places.setdefault(alike, len(shared.places))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self.named(args, kwargs)
+        if args:
+            kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
         if isinstance(cache, FreqKVCache):
             if cache.stepping is not None:
@@ -403,75 +418,82 @@ class _AttentionForward(_Wrapper):
         else:
             # A layer that reads the entries of another one may get the last tokens of the call only.
             holder, total = cache, cache.forward_tokens
-            if cache.ragged is not None and self.layer.keeps_state:
-                raise ValueError(
-                    f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
-                    "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
-                )
-        parts = holder.parts(total)
-        outputs, taken = [], []
-        for number, part in enumerate(parts):
-            if isinstance(part, Segment):
-                start, stop = max(part.start - (total - tokens), 0), part.stop - (total - tokens)
-                if stop <= 0:
-                    continue
-                call = kwargs if stop - start == tokens else _sliced(kwargs, start, stop, tokens)
-            else:
-                packing = part.packing(tokens, hidden_states.device)
-                if packing.empty:
-                    continue
-                call = _per_token(kwargs, tokens, packing.pack)
-                taken.append(packing)
-            place = self._place(call, part, number, holder)
-            call = {**call, **place.positions, "attention_mask": self._as_taken(call, place.mask)}
+        place = self.place, tokens, hidden_states.dtype, hidden_states.device
+        parts: list[_Part] | None = holder.common.get(place)
+        if parts is None:
+            parts = holder.common[place] = list(self._parts(kwargs, hidden_states, holder, total))
+        outputs = []
+        for part in parts:
+            taken = kwargs if part.take is None else _per_token(kwargs, tokens, part.take)
+            call = {**taken, **part.arguments}
+            mask_key = self.layer.rule.mask_key
+            if mask_key is not None:
+                call["attention_mask"] = {**(taken["attention_mask"] or {}), mask_key: call["attention_mask"]}
             if shared_kv is not None and self.layer.reads_shared:
-                shared_kv.show(number)
+                shared_kv.show(part.number)
             else:
-                holder.announce(place.entering)
+                holder.announce(part.entering)
             try:
                 output = self.original(**call)
             finally:
                 holder.withdraw()
             if shared_kv is not None and not self.layer.reads_shared and len(parts) > 1:
-                shared_kv.keep(total, last=number == len(parts) - 1)
+                shared_kv.keep(total, last=part is parts[-1])
             outputs.append(output)
         if cache is not None and cache.ragged is not None:
-            return _unpacked(outputs, taken, hidden_states)
+            return _unpacked(outputs, [part.packing for part in parts if part.packing is not None], hidden_states)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
             return torch.cat(outputs, dim=1)
         return torch.cat([output[0] for output in outputs], dim=1), *_besides(outputs)
 
-    def _place(
-        self, call: dict[str, Any], part: Segment | RaggedRound, number: int, holder: FreqKVCache | _OneLayer
-    ) -> _Place:
-        """Where the part `number` of a call stands, made once for all layers of a kind."""
-        hidden_states: Tensor = call["hidden_states"]
+    def _parts(
+        self, kwargs: dict[str, Any], hidden_states: Tensor, holder: FreqKVCache | _OneLayer, total: int
+    ) -> Iterator[_Part]:
+        """What a call is cut into, of whose `total` tokens the module gets the last ones."""
+        tokens, device = hidden_states.shape[1], hidden_states.device
         config = getattr(self.layer.module, "config", self.shared.model_config)
-        given = call.get("position_embeddings")
-        dtype = None if given is None else (given if isinstance(given, Tensor) else given[0]).dtype
-        attention, tokens = config._attn_implementation, hidden_states.shape[1]
-        key = number, self.kind, tokens, dtype, hidden_states.dtype, hidden_states.device, attention
-        place: _Place | None = holder.common.get(key)
-        if place is None:
-            aligned = self._aligns(part, attention)
-            rotation = self.shared.rotation(self.layer, self.kind, holder.schedule.window, hidden_states.device)
+        attention = config._attn_implementation
+        rotation = self.shared.rotation(self.layer, self.kind, holder.schedule.window, device)
+        given = kwargs.get("position_embeddings")
+        if given is not None and not isinstance(given, Tensor):
+            given = given[0]
+        for number, part in enumerate(holder.parts(total)):
+            take, packing, aligned = None, None, False
             slots: slice | Tensor
             if isinstance(part, Segment):
-                first = part.entries - tokens  # its own first slot, unless it came without its first tokens
-                mask = self.shared.mask(config, hidden_states, first, self.layer.rule.always_masks)
-                slots, position_ids = slice(first, part.entries), torch.arange(first, part.entries)[None]
+                start, stop = max(part.start - (total - tokens), 0), part.stop - (total - tokens)
+                if stop <= 0:
+                    continue
+                if stop - start < tokens:
+                    take = functools.partial(Tensor.narrow, start=start, length=stop - start)
+                first = part.entries - (stop - start)  # its own first slot, unless it came without its first tokens
+                mask = self.shared.mask(
+                    config, attention, hidden_states, stop - start, first, self.layer.rule.always_masks
+                )
+                slots = slice(first, part.entries)
             else:
+                if self.layer.keeps_state:
+                    raise ValueError(
+                        f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so "
+                        "that rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
+                    )
+                packing = part.packing(tokens, device)
+                if packing.empty:
+                    continue
+                take = None if packing.whole else packing.pack
+                aligned = _aligns(part, attention)
                 mask = self.shared.ragged_mask(config, hidden_states, part, aligned)
-                slots = position_ids = part.slots(hidden_states.device)
-            positions: dict[str, Any] = {}
-            if dtype is not None and rotation.table is not None:
-                positions = {"position_embeddings": rotation.table.embeddings(slots, dtype)}
+                slots = part.slots(device)
+            arguments = {"attention_mask": mask}
+            if given is not None and rotation.table is not None:
+                arguments["position_embeddings"] = rotation.table.embeddings(slots, given.dtype)
             elif self.layer.positions == "position_ids":
-                positions = {"position_ids": position_ids.to(hidden_states.device)}
-            place = holder.common[key] = _Place(Entering(part, rotation, aligned), positions, mask)
-        return place
+                if isinstance(slots, slice):
+                    slots = torch.arange(slots.start, slots.stop, device=device)[None]
+                arguments["position_ids"] = slots
+            yield _Part(number, Entering(part, rotation, aligned), arguments, take, packing)
 
     def _stepping(self, kwargs: dict[str, Any], cache: FreqKVCache) -> dict[str, Any]:
         """The positions of a single token, as tensors."""
@@ -481,17 +503,11 @@ class _AttentionForward(_Wrapper):
             return {"position_embeddings": cache.step.embeddings(self.kind, dtype)}
         return {"position_ids": cache.step.slot[None]} if self.layer.positions == "position_ids" else {}
 
-    @staticmethod
-    def _aligns(part: Segment | RaggedRound, attention: str) -> bool:
-        """Whether the attention implementation wants the last entries of all rows in the last place."""
-        if isinstance(part, Segment) or part.width == 1:
-            return False
-        # These take any mask. flash-attention takes padding in front only, and flex compiles for the masks it knows.
-        return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) not in (eager_mask, sdpa_mask)
 
-    def _as_taken(self, call: dict[str, Any], mask: Any) -> Any:
-        key = self.layer.rule.mask_key
-        return mask if key is None else {**(call["attention_mask"] or {}), key: mask}
+def _aligns(part: RaggedRound, attention: str) -> bool:
+    """Whether the attention implementation wants the last entries of all rows in the last place."""
+    # These take any mask. flash-attention takes padding in front only, and flex compiles for the masks it knows.
+    return part.width > 1 and ALL_MASK_ATTENTION_FUNCTIONS.get(attention) not in (eager_mask, sdpa_mask)
 
 
 class _SharedEntries:
@@ -665,6 +681,8 @@ class _ModelForward(_Wrapper):
 
     def _check_cache(self, cache: FreqKVCache) -> None:
         cache.check_usable()
+        if cache.geometry == self.shared.geometry:
+            return
         for what, expected in self.shared.geometry.items():
             if cache.geometry[what] != expected:
                 raise ValueError(
@@ -727,7 +745,7 @@ class _DecoderForward(_ModelForward):
             aligned = _RightPadded(real)
             kwargs = aligned.apply(kwargs)
         if self.shared.makes_all_masks:
-            kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED if cache is None else CACHED)}
+            kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED) if cache is None else self.shared.cached_mark}
         try:
             if cache is None:
                 output = self.original(**kwargs)
@@ -775,7 +793,7 @@ class _DecoderForward(_ModelForward):
             asked = kwargs.get(name)
             return bool(getattr(config, name, False) if asked is None else asked)
 
-        if wants("output_attentions"):
+        if (tokens > 1 or ragged) and wants("output_attentions"):
             schedule = self.shared.new_layer().schedule if cache is None else cache.schedule
             segments = schedule.segments(seen, tokens)
             if len(segments) > 1:
@@ -989,11 +1007,6 @@ class _OneLayer(SegmentedCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layer.seen
-
-
-def _sliced(kwargs: dict[str, Any], start: int, stop: int, tokens: int) -> dict[str, Any]:
-    """Arguments of tokens `[start, stop)`."""
-    return _per_token(kwargs, tokens, lambda value, axis: value.narrow(axis, start, stop - start))
 
 
 def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:

@@ -428,15 +428,18 @@ class FreqKVCache(SegmentedCache):
         """
         assert self.forward_start is not None
         columns = self.forward_start + self.forward_tokens
-        if self.ragged is None:
-            expected = [columns - self._padding]
-            missed = [i for i in self.compressed_layers if self.layers[i].row_tokens(1) != expected]
-        else:
-            expected = self.ragged.after
-            missed = [i for i in self.compressed_layers if self.layers[i].row_tokens(len(expected)) != expected]
+        seen, rows = columns - self._padding, None
+        if self.ragged is not None:
+            rows = self.ragged.after
+        missed = [
+            layer
+            for layer in self._compressed
+            if (layer._seen != seen or layer.rows is not None if rows is None else layer.row_tokens(len(rows)) != rows)
+        ]
         if missed:
+            indices = [index for index in self.compressed_layers if self.layers[index] in missed]
             raise RuntimeError(
-                f"{self.forward_tokens} tokens went through the model without entering layers {missed} of this FreqKVCache: "
+                f"{self.forward_tokens} tokens went through the model without entering layers {indices} of this FreqKVCache: "
                 "the model drops caches on the way to its attention layers, or runs other layers than its configuration "
                 "says. Call cache.reset(), and report the model"
             )
@@ -456,10 +459,13 @@ class FreqKVCache(SegmentedCache):
     def is_spent(self) -> bool:
         """Whether an interrupted forward left the cache unusable until :meth:`reset`."""
         first = self._compressed[0]
-        interrupted = self.forward_start is not None and (self._touched or (first._seen, first.rows) != self._began)
-        return interrupted or any(
-            (layer._seen, layer.rows) != (first._seen, first.rows) or not layer.intact for layer in self._compressed
-        )
+        seen, rows = first._seen, first.rows
+        if self.forward_start is not None and (self._touched or (seen, rows) != self._began):
+            return True
+        for layer in self._compressed:
+            if layer._seen != seen or layer.rows != rows or not layer.intact:
+                return True
+        return False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -467,10 +473,12 @@ class FreqKVCache(SegmentedCache):
         """See :meth:`FreqKVLayer.update`; other layers are transformers' own."""
         if self.stepping is not None:
             return self.layers[layer_idx].step(key_states, value_states, self.step.slot)  # type: ignore[no-any-return]
-        # A compressed layer changes as a whole or knows that it did not; other layers may break off anywhere.
-        if not isinstance(self.layers[layer_idx], FreqKVLayer):
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, FreqKVLayer):  # it may break off anywhere
             self._touched = True
-        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        entering, self._announced = self._announced, None
+        updated = layer.update(key_states, value_states, entering=entering)  # as a whole, or it knows that it did not
         self._touched = True
         return updated
 

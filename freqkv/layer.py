@@ -20,12 +20,9 @@ from freqkv.config import FreqKVConfig
 from freqkv.ragged import RaggedRound
 from freqkv.rotary import SlotRotation
 from freqkv.schedule import Fold, Segment
-from freqkv.transform import compute_dtype
+from freqkv.transform import compute_dtype, full_precision
 
 __all__ = ["Entering", "FreqKVHybridLayer", "FreqKVLayer"]
-
-STREAMS = ("keys", "values")
-
 
 @dataclass(frozen=True)
 class Entering:
@@ -51,6 +48,12 @@ def _outliving() -> Iterator[None]:
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
+
+
+def _takes(buffer: Tensor, window: int, states: Tensor) -> bool:
+    """Whether a buffer of `window` slots has room for states as they are."""
+    batch, heads, tokens, size = states.shape
+    return buffer.shape == (batch, heads, window, size) and buffer.dtype == states.dtype and buffer.device == states.device
 
 
 class FreqKVLayer(CacheLayerMixin):
@@ -151,25 +154,36 @@ class FreqKVLayer(CacheLayerMixin):
         tokens, rotation = entering.tokens, entering.rotation
         if isinstance(tokens, RaggedRound):
             return self._update_ragged(key_states, value_states, tokens, rotation, entering.aligned)
+        if torch.is_grad_enabled() or not self.preallocate:
+            return self._update_out_of_place(key_states, value_states, tokens, rotation)
+        if not self._fits(key_states, value_states):
+            self._check(key_states, value_states, key_states.shape[0])
+            self._ensure_buffer(key_states, value_states, key_states.shape[0])
+        if tokens.fold is not None:
+            self._record(key_states.shape[0])
+            self._fold_in_place(tokens.fold, rotation)
+        keys, values, slot, entries = self.keys, self.values, tokens.slot, tokens.entries
+        assert keys is not None
+        assert values is not None
+        self.intact = False
+        keys[:, :, slot:entries] = key_states
+        values[:, :, slot:entries] = value_states
+        self._seen = entries - slot + (self._seen if self.rows is None else self.seen)
+        self.rows = None
+        self.intact = True
+        return keys[:, :, :entries], values[:, :, :entries]
+
+    def _update_out_of_place(
+        self, key_states: Tensor, value_states: Tensor, tokens: Segment, rotation: SlotRotation
+    ) -> tuple[Tensor, Tensor]:
+        """The same where a graph needs the entries as they were, or they live for one call only."""
         batch = key_states.shape[0]
-        in_place = self.preallocate and not torch.is_grad_enabled()
-        if not (in_place and self._fits(key_states, value_states, batch)):
-            self._check(key_states, value_states, batch)
-            if in_place:
-                self._ensure_buffer(key_states, value_states, batch)
+        self._check(key_states, value_states, batch)
         if tokens.fold is not None:
             self._record(batch)
-        if in_place:
-            if tokens.fold is not None:
-                self._fold_in_place(tokens.fold, rotation)
-            assert self.keys is not None
-            assert self.values is not None
-            self.intact = False
-            self.keys[:, :, tokens.slot : tokens.entries] = key_states
-            self.values[:, :, tokens.slot : tokens.entries] = value_states
-        elif self.seen == 0:
+        if self.seen == 0:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values, self._owns_buffer = key_states, value_states, False
+            keys, values = key_states, value_states
         else:
             keys, values = self._held()
             if tokens.fold is not None:
@@ -180,11 +194,11 @@ class FreqKVLayer(CacheLayerMixin):
             else:
                 keys = torch.cat([keys, key_states], dim=-2)
                 values = torch.cat([values, value_states], dim=-2)
-            self.keys, self.values, self._owns_buffer = keys, values, False
+        self.keys, self.values, self._owns_buffer = keys, values, False
         self._seen = self.seen + tokens.stop - tokens.start
         self.rows = None
         self.intact = True
-        return self.keys[:, :, : tokens.entries], self.values[:, :, : tokens.entries]
+        return keys, values
 
     def _update_ragged(
         self, key_states: Tensor, value_states: Tensor, tokens: RaggedRound, rotation: SlotRotation, aligned: bool
@@ -257,33 +271,32 @@ class FreqKVLayer(CacheLayerMixin):
 
     def _folded(self, fold: Fold, rotation: SlotRotation, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What stands behind `fold.start` once full rows are folded, in the dtype of the cache."""
-        held = dict(zip(STREAMS, (keys[:, :, fold.start :], values[:, :, fold.start :]), strict=True))
         rotated = None if rotation.how is None else rotation.how.stream
         squeezed = fold.stop - fold.start
-        with torch.autocast(held["keys"].device.type, enabled=False):  # float32 means float32 in here
-            raw = {
-                name: rotation.unrotate(t, fold.start)
-                if name == rotated
-                else t[:, :, :squeezed].to(compute_dtype(t.dtype))
-                for name, t in held.items()
-            }
+        with full_precision(keys.device):
+            held, raw = {}, {}
+            for name, entries in (("keys", keys), ("values", values)):
+                held[name] = entries = entries[:, :, fold.start :]
+                if name == rotated:
+                    raw[name] = rotation.unrotate(entries, fold.start)
+                else:
+                    raw[name] = entries.to(compute_dtype(entries.dtype))
             folded = self.compressor(raw["keys"][:, :, :squeezed], raw["values"][:, :, :squeezed], fold.keep)
             if not (isinstance(folded, tuple) and len(folded) == 2 and all(isinstance(t, Tensor) for t in folded)):
                 raise TypeError(
                     f"compressor {compressor_name(self.compressor)} must return (keys, values), it returned {type(folded)}"
                 )
             outcome = []
-            for name, after in zip(STREAMS, folded, strict=True):
-                before = held[name]
+            for (name, before), after in zip(held.items(), folded, strict=True):
                 wanted = (*before.shape[:2], fold.keep, before.shape[-1])
                 if tuple(after.shape) != wanted:
                     by = f"compressor {compressor_name(self.compressor)}"
                     raise ValueError(f"{by} returned {name} of shape {tuple(after.shape)}, expected {wanted}")
-                if name == rotated:  # what follows the fold has new slots as well
-                    after = rotation.rotate(torch.cat([after, raw[name][:, :, squeezed:]], dim=-2), fold.start)
-                    outcome.append(after.to(before.dtype))
-                else:
-                    outcome.append(torch.cat([after.to(before.dtype), before[:, :, squeezed:]], dim=-2))
+                if before.shape[2] > squeezed:  # what follows the fold moves along
+                    after = torch.cat([after.to(raw[name].dtype), raw[name][:, :, squeezed:]], dim=-2)
+                if name == rotated:
+                    after = rotation.rotate(after, fold.start)
+                outcome.append(after.to(before.dtype))
         return outcome[0], outcome[1]
 
     def _check(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
@@ -317,20 +330,16 @@ class FreqKVLayer(CacheLayerMixin):
             and (held.shape[0], held.shape[2], held.device) == (batch, self.schedule.window, device)
         )
 
-    def _fits(self, key_states: Tensor, value_states: Tensor, batch: int) -> bool:
+    def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether these can be written to the buffers as they are."""
-        if not self._owns_buffer or self.keys is None or self.values is None or self.keys.is_inference():
+        keys, values, window = self.keys, self.values, self.schedule.window
+        if not self._owns_buffer or keys is None or values is None or keys.is_inference():
             return False
-        return all(
-            held.shape == (batch, new.shape[1], self.schedule.window, new.shape[3])
-            and held.dtype == new.dtype
-            and held.device == new.device
-            for held, new in ((self.keys, key_states), (self.values, value_states))
-        )
+        return _takes(keys, window, key_states) and _takes(values, window, value_states)
 
     def _ensure_buffer(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
         """Make `keys` and `values` buffers of `window` slots that hold the present entries."""
-        if self._fits(key_states, value_states, batch):
+        if self._fits(key_states, value_states):
             return
         held = self._held() if self.seen else (None, None)
         buffers = []

@@ -76,7 +76,9 @@ class SlotTable:
             with torch.inference_mode(False):  # tables outlive the call
                 native = tuple(t if t.is_complex() else t.to(dtype) for t in _tensors(self.native))
             self._cast[dtype] = native
-        if isinstance(rows, slice) or rows.ndim == 1:
+        if isinstance(rows, slice):
+            rows_of = tuple(t.narrow(-2, rows.start, rows.stop - rows.start) for t in native)
+        elif rows.ndim == 1:
             rows_of = tuple(t[..., rows, :] for t in native)
         else:  # (batch, tokens): the table's own axis of one row gives way to theirs
             rows_of = tuple(t.squeeze(-3)[..., rows, :] for t in native)
@@ -172,46 +174,60 @@ class SlotRotation:
     table: SlotTable | None
     how: KeyRotation | None
     scale: Tensor | None = None
-    _cast: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _cast: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def rotate(self, entries: Tensor, slot: int) -> Tensor:
         """Rotate `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
         cos, sin = self._rows(entries, slot)
-        rotated = self._turn(entries.to(cos.dtype), cos, sin)
+        rotated = self._turn(entries, cos, sin)
         return rotated if self.scale is None else rotated * self.scale.to(rotated)
 
     def unrotate(self, entries: Tensor, slot: int) -> Tensor:
         """Inverse of :meth:`rotate`."""
-        cos, sin = self._rows(entries, slot)
-        norm = cos * cos + sin * sin  # not quite 1, and the square of the attention scaling where there is one
-        entries = entries.to(cos.dtype)
+        cos, sin = self._rows(entries, slot, back=True)
         if self.scale is not None:
-            entries = entries / self.scale.to(entries)
-        return self._turn(entries, cos / norm, -sin / norm)
+            entries = entries.to(cos.dtype) / self.scale.to(cos)
+        return self._turn(entries, cos, sin)
 
-    def _rows(self, entries: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(entries.dtype)
-        tables = self._cast.get(dtype)
+    def _rows(self, entries: Tensor, slot: int, back: bool = False) -> tuple[Tensor, Tensor]:
+        """Cos, one column a channel, and sin, one column a pair, for as many slots: of the rotation or of its inverse."""
+        size = entries.shape[-1]
+        key = compute_dtype(entries.dtype), size
+        tables = self._cast.get(key)
         if tables is None:
             assert self.table is not None
             assert self.how is not None
             with torch.inference_mode(False):  # they outlive the call
-                sin = -self.table.sin if self.how.reverse else self.table.sin
-                tables = self._cast[dtype] = self.table.cos.to(dtype), sin.to(dtype)
-        rows = slice(slot, slot + entries.shape[-2])
-        return tables[0][rows], tables[1][rows]
+                cos, sin = (t.to(key[0]) for t in (self.table.cos, self.table.sin))
+                if self.how.reverse:
+                    sin = -sin
+                norm = cos * cos + sin * sin  # not quite 1, and the square of the attention scaling where there is one
+                tables = self._wide(cos, size), sin, self._wide(cos / norm, size), -sin / norm
+            self._cast[key] = tables
+        cos, sin = tables[2:] if back else tables[:2]
+        return cos.narrow(0, slot, entries.shape[-2]), sin.narrow(0, slot, entries.shape[-2])
+
+    def _wide(self, cos: Tensor, size: int) -> Tensor:
+        """One column for each of `size` channels: those that are not rotated stay as they are."""
+        wide = cos.new_ones(cos.shape[0], size)
+        for channels in self._channels(cos.shape[-1]):
+            wide[:, channels] = cos
+        return wide
+
+    def _channels(self, pairs: int) -> tuple[slice, slice]:
+        """The first channel of each pair, and the second."""
+        assert self.how is not None
+        if self.how.pairing == "half":
+            return slice(0, pairs), slice(pairs, 2 * pairs)
+        return slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
 
     def _turn(self, entries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        assert self.how is not None
-        dims = 2 * cos.shape[-1]
-        rotated, rest = entries[..., :dims], entries[..., dims:]
-        if self.how.pairing == "half":
-            first, second = rotated.chunk(2, dim=-1)
-            rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        else:
-            first, second = rotated[..., ::2], rotated[..., 1::2]
-            rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+        entries = entries.to(cos.dtype)
+        first, second = self._channels(sin.shape[-1])
+        turned = entries * cos
+        turned[..., first].addcmul_(entries[..., second], sin, value=-1)
+        turned[..., second].addcmul_(entries[..., first], sin)
+        return turned
 
 
 def find_rotation(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "dct", "idct", "low_pass"]
+__all__ = ["compute_dtype", "dct", "full_precision", "idct", "low_pass"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 DENSE = 512  # entries up to which a matrix product is faster than transforms, with derivatives or without
@@ -92,14 +93,17 @@ def low_pass(x: Tensor, keep: int, dim: int = -2) -> Tensor:
     n = x.shape[dim]
     if not 1 <= keep <= n:
         raise ValueError(f"low_pass keeps between 1 and n = {n} entries, got keep={keep}")
-    prepared = _prepare(x, dim)
+    _check(x, dim)
     scale = math.sqrt(keep / n)
     if n <= DENSE:
-        with torch.autocast(x.device.type, enabled=False):
-            rows = prepared.movedim(-1, -2) if x.ndim > 1 else prepared
-            squeezed = torch.matmul(_low_pass_matrix(n, keep, prepared.dtype, prepared.device), rows)
-            result = squeezed.movedim(-2, -1) if x.ndim > 1 else squeezed
-    elif _is_plain_data(x):
+        rows = x.to(compute_dtype(x.dtype))
+        matrix = _low_pass_matrix(n, keep, rows.dtype, rows.device)
+        with full_precision(x.device):
+            if x.ndim == 1:
+                return torch.mv(matrix, rows).to(x.dtype)
+            return torch.matmul(matrix, rows.movedim(dim, -2)).movedim(-2, dim).to(x.dtype)
+    prepared = _prepare(x, dim)
+    if _is_plain_data(x):
         entries = prepared.detach().numpy()
         threads = torch.get_num_threads()
         coefficients = scipy.fft.dct(entries, axis=-1, norm="ortho", workers=threads)[..., :keep]
@@ -121,12 +125,24 @@ def _is_plain_data(x: Tensor) -> bool:
     )
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """In which autocast, if it is on, does not touch what is computed."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _prepare(x: Tensor, dim: int) -> Tensor:
+    """In the dtype of computing, the dimension last."""
+    _check(x, dim)
+    return x.to(compute_dtype(x.dtype)).movedim(dim, -1)
+
+
+def _check(x: Tensor, dim: int) -> None:
     if not x.is_floating_point():
         raise TypeError(f"the DCT takes floating point input, got {x.dtype}; convert it first")
     if x.shape[dim] == 0:
         raise ValueError(f"the DCT needs at least one entry along dim={dim}, got shape {tuple(x.shape)}")
-    return x.to(compute_dtype(x.dtype)).movedim(dim, -1)
 
 
 def _dct(x: Tensor) -> Tensor:  # (..., n) -> (..., n)
