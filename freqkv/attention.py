@@ -460,8 +460,10 @@ class _AttentionForward(_Wrapper):
         if given is not None and not isinstance(given, Tensor):
             given = given[0]
         for number, part in enumerate(holder.parts(total)):
-            take, packing, aligned = None, None, False
+            take: Callable[[Tensor, int], Tensor] | None = None
+            packing: Packing | None = None
             slots: slice | Tensor
+            aligned = False
             if isinstance(part, Segment):
                 start, stop = max(part.start - (total - tokens), 0), part.stop - (total - tokens)
                 if stop <= 0:

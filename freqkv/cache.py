@@ -110,11 +110,11 @@ class Step:
         self.tables: dict[int, tuple[Tensor, ...]] = {}
 
     def place(self, slot: int, seen: int, device: torch.device) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            if self.slot.device != device:
+        if self.slot.device != device:
+            with torch.inference_mode(False):
                 self.slot, self.seen = self.slot.to(device), self.seen.to(device)
-            self.slot.fill_(slot)
-            self.seen.fill_(seen)
+        self.slot.fill_(slot)
+        self.seen.fill_(seen)
 
     def embeddings(self, kind: int, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
         """What the module gets in place of the decoder's embeddings."""
@@ -305,7 +305,8 @@ class FreqKVCache(SegmentedCache):
 
     def is_filled(self, inputs: Tensor) -> bool:
         """Whether all compressed layers hold buffers for the rows of `inputs`, on its device."""
-        return all(layer.is_filled(inputs.shape[0], inputs.device) for layer in self._compressed)
+        batch, device = inputs.shape[0], inputs.device
+        return all(layer.is_filled(batch, device) for layer in self._compressed)
 
     @property
     def start(self) -> int:
@@ -462,10 +463,7 @@ class FreqKVCache(SegmentedCache):
         seen, rows = first._seen, first.rows
         if self.forward_start is not None and (self._touched or (seen, rows) != self._began):
             return True
-        for layer in self._compressed:
-            if layer._seen != seen or layer.rows != rows or not layer.intact:
-                return True
-        return False
+        return any(layer._seen != seen or layer.rows != rows or not layer.intact for layer in self._compressed)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -24,6 +24,7 @@ from freqkv.transform import compute_dtype, full_precision
 
 __all__ = ["Entering", "FreqKVHybridLayer", "FreqKVLayer"]
 
+
 @dataclass(frozen=True)
 class Entering:
     """Which tokens are about to enter, how they are rotated, and whether the last entry of each row must come last."""
@@ -52,8 +53,9 @@ def _outliving() -> Iterator[None]:
 
 def _takes(buffer: Tensor, window: int, states: Tensor) -> bool:
     """Whether a buffer of `window` slots has room for states as they are."""
-    batch, heads, tokens, size = states.shape
-    return buffer.shape == (batch, heads, window, size) and buffer.dtype == states.dtype and buffer.device == states.device
+    batch, heads, _, size = states.shape
+    fits = buffer.shape == (batch, heads, window, size)
+    return fits and buffer.dtype == states.dtype and buffer.device == states.device
 
 
 class FreqKVLayer(CacheLayerMixin):
@@ -219,9 +221,10 @@ class FreqKVLayer(CacheLayerMixin):
             for buffer, entries in zip((self.keys, self.values), folded, strict=True):
                 buffer[rows, :, fold.start : fold.start + entries.shape[2]] = entries
         self.intact = False
-        row, slot, packed_row, column = tokens.writes(device)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[row, :, slot] = states[packed_row, :, column]
+            to, taken = tokens.writes(buffer.shape[1], buffer.shape[2], device)
+            states = states.reshape(-1, states.shape[-1])
+            buffer.view(-1, buffer.shape[-1]).index_copy_(0, to, states if taken is None else states[taken])
         after = list(self.row_tokens(tokens.batch))
         for place, entered in zip(tokens.cut.rows, tokens.cut.counts, strict=True):
             after[place] += entered
@@ -274,7 +277,8 @@ class FreqKVLayer(CacheLayerMixin):
         rotated = None if rotation.how is None else rotation.how.stream
         squeezed = fold.stop - fold.start
         with full_precision(keys.device):
-            held, raw = {}, {}
+            held: dict[str, Tensor] = {}
+            raw: dict[str, Tensor] = {}
             for name, entries in (("keys", keys), ("values", values)):
                 held[name] = entries = entries[:, :, fold.start :]
                 if name == rotated:
@@ -323,12 +327,10 @@ class FreqKVLayer(CacheLayerMixin):
     def is_filled(self, batch: int, device: torch.device) -> bool:
         """Whether it holds entries of `batch` rows in buffers on `device` that may be written to."""
         held = self.keys
-        return (
-            held is not None
-            and self._owns_buffer
-            and not held.is_inference()
-            and (held.shape[0], held.shape[2], held.device) == (batch, self.schedule.window, device)
-        )
+        if held is None or not self._owns_buffer or held.is_inference():
+            return False
+        rows, _, slots, _ = held.shape
+        return rows == batch and slots == self.schedule.window and held.device == device
 
     def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether these can be written to the buffers as they are."""

@@ -133,16 +133,19 @@ class RaggedRound:
 
         return self.made(("slots", device), make)  # type: ignore[no-any-return]
 
-    def writes(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices of all tokens: row and slot in the cache, row and column in the packed batch."""
+    def writes(self, heads: int, window: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Where all tokens go: rows of the buffer `(batch * heads * window, dim)`, and the rows of the packed states
+        `(rows * heads * width, dim)` that go there; None for all of them in their order.
+        """
 
-        def make() -> tuple[Tensor, ...]:
+        def make() -> tuple[Tensor, Tensor | None]:
             slots, real = self._places(torch.tensor(self.cut.entries)[:, None])
-            packed_row, column = real.nonzero(as_tuple=True)
-            indices = (torch.tensor(self.cut.rows)[packed_row], slots[real], packed_row, column)
-            return tuple(index.to(device) for index in indices)
+            real = real[:, None].expand(-1, heads, -1)
+            sequences = torch.tensor(self.cut.rows)[:, None, None] * heads + torch.arange(heads)[None, :, None]
+            to = (sequences * window + slots[:, None])[real].to(device)
+            return to, None if real.all() else real.flatten().nonzero()[:, 0].to(device)
 
-        return self.made(("writes", device), make)  # type: ignore[no-any-return]
+        return self.made(("writes", heads, window, device), make)  # type: ignore[no-any-return]
 
     def rows(self, device: torch.device) -> Tensor:
         """The rows that take part."""
