@@ -39,6 +39,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.attention import _ModelForward
 from freqkv.layer import FreqKVLayer
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -162,6 +163,16 @@ def patched_model(args: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
+def makers(
+    args: argparse.Namespace, model: PreTrainedModel, **options: Any
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Of empty caches: FreqKV's, and the library's."""
+    return (
+        functools.partial(FreqKVCache, model.config, window=args.window, **options),
+        functools.partial(DynamicCache, config=model.config),
+    )
+
+
 def text(args: argparse.Namespace, tokens: int, batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 1000, (batch, tokens), generator=generator).to(args.device)
@@ -235,14 +246,22 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
         cycle = FreqKVConfig(n).resolve(model.config).schedule.step
         stream = FreqKVCache(model.config, window=n)
         first: dict[str, float] = {}
+        shares: list[float] = []
+
+        def one_cycle() -> float:
+            """From one compression to the next, with the compression."""
+            with counting_compressions(ids.device) as spent:
+                seconds = decode_tokens(model, stream, text(args, cycle))
+            shares.append(sum(spent) / seconds)
+            return seconds
+
         for windows in args.lengths or (1, 2, 4, 8, 16, 32, 64):
             while stream.tokens_seen < windows * n:
                 model(text(args, min(n, windows * n - stream.tokens_seen)), past_key_values=stream, logits_to_keep=1)
             plain = dynamic(args, model, windows * n)
             arms = {
                 "DynamicCache": functools.partial(plain_arm, model, plain, ids[:, : max(1, k // 4)]),
-                # from one compression to the next, with the compression
-                "FreqKV": functools.partial(decode_tokens, model, stream, text(args, cycle)),
+                "FreqKV": one_cycle,
             }
             times = interleaved(arms, max(1, args.rounds // 3), f"{windows} windows")
             times["DynamicCache"] = [t / max(1, k // 4) for t in times["DynamicCache"]]
@@ -254,6 +273,8 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
                     windows * n if name == "DynamicCache" else f"{stream.config.schedule.entries(n + 1)}..{n}"
                 )
                 row |= {"ms_per_token": median * 1e3, "ratio": ratio(times, name, "DynamicCache")}
+                if name == "FreqKV":
+                    row["compression_share"] = statistics.median(shares)
                 yield row | {"to_first": median / first.setdefault(name, median)}
 
 
@@ -282,20 +303,25 @@ def prefill(args: argparse.Namespace) -> Iterator[dict]:
     device = torch.device(args.device)
 
     @torch.no_grad()
-    def read(tokens: int, make: Callable[[], Any]) -> float:
+    def read(tokens: int, make: Callable[[], Any], chunk: int | None = None) -> float:
         ids = text(args, tokens)
-        return timed(lambda: model(ids, past_key_values=make(), logits_to_keep=1), device)
 
-    ours, plain = (
-        functools.partial(FreqKVCache, model.config, window=n),
-        functools.partial(DynamicCache, config=model.config),
-    )
+        def chunks() -> None:
+            cache = make()
+            for part in ids.split(chunk or tokens, dim=1):
+                model(part, past_key_values=cache, logits_to_keep=1)
+
+        return timed(chunks, device)
+
+    ours, plain = makers(args, model)
     for windows in args.lengths or (2, 4, 8, 16):
         tokens = windows * n
         arms: Arms = {
             "plain, N tokens": functools.partial(read, n, plain),
             "FreqKV": functools.partial(read, tokens, ours),
         }
+        if windows > 4:
+            arms["FreqKV, in chunks of 4N"] = functools.partial(read, tokens, ours, 4 * n)
         if windows <= args.plain_limit:
             arms["plain, T tokens"] = functools.partial(read, tokens, plain)
         times = interleaved(arms, max(1, args.rounds // 3), f"{windows} windows")
@@ -390,9 +416,8 @@ def transform(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def batch(args: argparse.Namespace) -> Iterator[dict]:
-    """Tokens per second of batches, and rows of different length against equal ones."""
+    """Tokens per second of batches with a full window."""
     model, n, k = patched_model(args), args.window, args.tokens
-    cycle = FreqKVConfig(n).resolve(model.config).schedule.step
     for size in args.batches:
         ids = text(args, k, size)
         cache = FreqKVCache(model.config, window=n)
@@ -404,42 +429,56 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
         }
         times = interleaved(arms, args.rounds, f"batch {size}")
         for name, seconds in times.items():
-            speed = size * k / statistics.median(seconds)
-            yield {"what": "full window", "batch": size, "arm": name, "tokens_per_s": speed,
-                   "ratio": ratio(times, name, "DynamicCache")}  # fmt: skip
-        if size == 1:
-            continue
+            median = statistics.median(seconds)
+            yield {"what": "full window", "batch": size, "arm": name, "ms_per_token": median / k * 1e3,
+                   "tokens_per_s": size * k / median, "ratio": ratio(times, name, "DynamicCache")}  # fmt: skip
 
-        @torch.no_grad()
-        def cycles(make: Callable[[], Any], lengths: list[int], size: int = size) -> float:
-            """Rows of these lengths, then as many tokens as lie between two compressions."""
-            longest = max(lengths)
-            mask = torch.tensor([[0] * (longest - m) + [1] * m for m in lengths], device=args.device)
-            cache = make()
-            model(text(args, longest, size), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
-            new = text(args, cycle, size)
-            mask = torch.cat([mask, mask.new_ones(size, cycle)], dim=1)
-            seconds = 0.0
-            for index in range(cycle):
-                seen = mask[:, : longest + index + 1]
-                seconds += decode_tokens(model, cache, new[:, index : index + 1], attention_mask=seen)
-            return seconds
 
-        ragged = [n // 4 + (5 * n // 2) * row // max(size - 1, 1) for row in range(size)]
-        equal = [sum(ragged) // size] * size
-        for name, make in (
-            ("FreqKV", functools.partial(FreqKVCache, model.config, window=n)),
-            ("DynamicCache", functools.partial(DynamicCache, config=model.config)),
-        ):
+class Rows:
+    """A batch of rows that have read prompts of some lengths, padded on the left, and go on together."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: PreTrainedModel, make: Callable[[], Any], lengths: list[int]
+    ) -> None:
+        self.args, self.model, self.cache = args, model, make()
+        longest = max(lengths)
+        self.mask = torch.tensor([[0] * (longest - m) + [1] * m for m in lengths], device=args.device)
+        ids = text(args, longest, len(lengths))
+        model(ids, attention_mask=self.mask, past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def decode(self, tokens: int) -> float:
+        """Seconds for as many tokens of each row."""
+        new, seconds = text(self.args, tokens, len(self.mask)), 0.0
+        for index in range(tokens):
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+            seconds += decode_tokens(self.model, self.cache, new[:, index : index + 1], attention_mask=self.mask)
+        return seconds
+
+
+def lengths_of(args: argparse.Namespace, size: int) -> dict[str, list[int]]:
+    """Prompts of N/4 to 2.75N tokens, and as many tokens in rows of one length."""
+    n = args.window
+    spread = [n // 4 + (5 * n // 2) * row // max(size - 1, 1) for row in range(size)]
+    return {"equal rows": [sum(spread) // size] * size, "rows of N/4 to 2.75N tokens": spread}
+
+
+@torch.no_grad()
+def ragged(args: argparse.Namespace) -> Iterator[dict]:
+    """Rows of different length against equal ones, over all tokens from one compression of a row to its next."""
+    model, n = patched_model(args), args.window
+    cycle = FreqKVConfig(n).resolve(model.config).schedule.step
+    for size in (size for size in args.batches if size > 1):
+        for name, make in zip(("FreqKV", "DynamicCache"), makers(args, model), strict=True):
             arms = {
-                f"{name}, equal rows": functools.partial(cycles, make, equal),
-                f"{name}, rows of N/4 to 2.75N tokens": functools.partial(cycles, make, ragged),
+                f"{name}, {rows}": lambda make=make, lengths=lengths: Rows(args, model, make, lengths).decode(cycle)
+                for rows, lengths in lengths_of(args, size).items()
             }
             times = interleaved(arms, max(1, args.rounds // 3), f"ragged batch {size}")
             for arm, seconds in times.items():
-                yield {"what": "one cycle", "batch": size, "arm": arm,
-                       "tokens_per_s": size * cycle / statistics.median(seconds),
-                       "ratio": ratio(times, arm, f"{name}, equal rows")}  # fmt: skip
+                median = statistics.median(seconds)
+                yield {"batch": size, "arm": arm, "ms_per_token": median / cycle * 1e3,
+                       "tokens_per_s": size * cycle / median, "ratio": ratio(times, arm, next(iter(arms)))}  # fmt: skip
 
 
 # Memory is measured in processes of their own: a peak does not go down again.
@@ -544,6 +583,33 @@ def training(args: argparse.Namespace) -> Iterator[dict]:
                    "memory_ratio": row["peak_mb"] / first["peak_mb"]}  # fmt: skip
 
 
+@contextlib.contextmanager
+def counting_steps() -> Iterator[list[float]]:
+    """Seconds of what is done outside of the graph before and after each single token, compressions not counted."""
+    spent: list[float] = []
+    places = [(_ModelForward, "_begins_step"), (FreqKVCache, "end_step")]
+    originals = [getattr(owner, name) for owner, name in places]
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            with counting_compressions(torch.device("cpu")) as folding:
+                result = original(*args)
+            spent.append(time.perf_counter() - started - sum(folding))
+            return result
+
+        return call
+
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, counted(original))
+    try:
+        yield spent
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
 def compiled(args: argparse.Namespace) -> Iterator[dict]:
     """Single tokens in a compiled forward, against a StaticCache of N entries compiled the same way."""
     model, n, k = patched_model(args), args.window, args.tokens
@@ -585,77 +651,94 @@ def compiled(args: argparse.Namespace) -> Iterator[dict]:
     before = graphs["unique_graphs"]
     rounds = max(args.rounds, 2 * cycle // k + 1)  # through two compressions, at least
     times = interleaved(arms, rounds, "compiled")
+    made = graphs["unique_graphs"] - before
+    with counting_steps() as spent:  # compiles once more
+        arms["FreqKV, compiled"]()
+        spent.clear()
+        arms["FreqKV, compiled"]()
     for name, seconds in times.items():
-        yield {"arm": name, "entries": n, "ms_per_token": statistics.median(seconds) / k * 1e3,
+        row = {"arm": name, "entries": n, "ms_per_token": statistics.median(seconds) / k * 1e3,
                "mean_ms_per_token": statistics.fmean(seconds) / k * 1e3,
-               "ratio": ratio(times, name, "StaticCache, compiled"),
-               "graphs_compiled_while_timed": graphs["unique_graphs"] - before}  # fmt: skip
+               "ratio": ratio(times, name, "StaticCache, compiled"), "graphs_compiled_while_timed": made}  # fmt: skip
+        if name == "FreqKV, compiled":
+            row["outside_the_graph_us"] = sum(spent) / k * 1e6
+        yield row
 
 
 def profile(args: argparse.Namespace) -> Iterator[dict]:
-    """Where the time goes: operators of torch by their own time, and what lies between them (Python, dispatch)."""
+    """Where the time goes: operators of torch by their own time, and what lies between them (Python, dispatch).
+
+    All figures are of profiled runs, which are slower: medians over rounds in which every arm runs once.
+    """
     model, n, k = patched_model(args), args.window, args.tokens
     device = torch.device(args.device)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    ours, theirs = makers(args, model)
     ids, windows = text(args, k), (args.lengths or [4])[0]
+    cycle = FreqKVConfig(n).resolve(model.config).schedule.step
     with torch.no_grad():
-        cache, plain = FreqKVCache(model.config, window=n), DynamicCache(config=model.config)
-        for each in (cache, plain):
-            model(text(args, n - k), past_key_values=each, logits_to_keep=1)
-
-    @torch.no_grad()
-    def read(windows: int, make: Callable[[], Any], times: int = 1) -> float:
-        prompt = text(args, windows * n)
-
-        def prompts() -> None:
-            for _ in range(times):
-                model(prompt, past_key_values=make(), logits_to_keep=1)
-
-        return timed(prompts, device)
-
-    ours, theirs = (
-        functools.partial(FreqKVCache, model.config, window=n),
-        functools.partial(DynamicCache, config=model.config),
-    )
-    for what, unit, arms in (
-        (
-            "a token with a full window", k,
-            {
+        for what, entries in (("a token, nothing cached", 1), ("a token, full window", n - k)):
+            cache, plain = ours(), theirs()
+            for each in (cache, plain):
+                model(text(args, entries), past_key_values=each, logits_to_keep=1)
+            decoding: dict[str, Callable[[], Any]] = {
                 "DynamicCache": functools.partial(plain_arm, model, plain, ids),
-                "FreqKV": functools.partial(freqkv_arm, model, cache, ids),
-            },
-        ),
-        (
-            f"a prompt of {windows} windows", 1,
-            {
-                f"DynamicCache, {windows} prompts of N": functools.partial(read, 1, theirs, windows),
-                "FreqKV": functools.partial(read, windows, ours),
-            },
-        ),
-    ):  # fmt: skip
-        times = interleaved(arms, args.rounds, what)
+                "FreqKV": functools.partial(decode_tokens, model, cache, ids),
+            }
+            undo = {"FreqKV": lambda cache=cache: cache.crop(-k)}
+            yield from where_time_goes(what, decoding, k, args.rounds, device, undo)
+
+        def prompts(make: Callable[[], Any], times: int, windows: int) -> None:
+            for _ in range(times):
+                model(text(args, windows * n), past_key_values=make(), logits_to_keep=1)
+
+        reading: dict[str, Callable[[], Any]] = {
+            f"DynamicCache, {windows} prompts of N": functools.partial(prompts, theirs, windows, 1),
+            "FreqKV": functools.partial(prompts, ours, 1, windows),
+        }
+        yield from where_time_goes(f"a prompt of {windows} windows", reading, 1, args.rounds, device)
+        size = args.batches[-1]
+        rows: dict[str, Callable[[], Any]] = {
+            f"FreqKV, {name}": functools.partial(Rows(args, model, ours, lengths).decode, cycle)
+            for name, lengths in lengths_of(args, size).items()
+        }
+        yield from where_time_goes(f"a token of {size} rows", rows, cycle, max(1, args.rounds // 3), device)
+
+
+def where_time_goes(
+    what: str,
+    arms: dict[str, Callable[[], Any]],
+    unit: int,
+    rounds: int,
+    device: torch.device,
+    undo: dict[str, Callable[[], Any]] | None = None,
+) -> Iterator[dict]:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    kinds = [*OPERATORS, "elementwise and the rest", "between operators", "all"]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {(arm, kind): [] for arm in arms for kind in kinds}
+    for index in tqdm(range(-1, rounds), desc=what, leave=False, unit="round"):
         for name, arm in arms.items():
-            call = arm
-            if arm.func is freqkv_arm:  # which goes back after it has looked at its clock
-                call = functools.partial(decode_tokens, model, cache, ids)
             with torch.profiler.profile(activities=activities) as profiler:
-                call()
-            wall = statistics.median(times[name]) / unit * 1e6
-            spent = dict.fromkeys([*OPERATORS, "elementwise and the rest"], (0.0, 0.0))
+                wall = timed(arm, device) / unit * 1e6
+            (undo or {}).get(name, lambda: None)()
+            if index < 0:
+                continue
+            spent = dict.fromkeys(kinds[:-2], (0.0, 0.0))
             for event in profiler.key_averages():
                 if not event.key.startswith("aten::"):
                     continue
                 operator = event.key.removeprefix("aten::")
-                kind = next(
-                    (kind for kind, names in OPERATORS.items() if operator in names), "elementwise and the rest"
-                )
+                kind = next((kind for kind, names in OPERATORS.items() if operator in names), kinds[-3])
                 us, calls = spent[kind]
                 own = event.self_device_time_total or event.self_cpu_time_total
                 spent[kind] = us + own / unit, calls + event.count / unit
             spent["between operators"] = wall - sum(us for us, _ in spent.values()), 0.0
             spent["all"] = wall, sum(calls for _, calls in spent.values())
-            for kind, (us, calls) in spent.items():
-                yield {"what": what, "arm": name, "operators": kind, "us": us, "share": us / wall, "calls": calls}
+            for kind, figures in spent.items():
+                found[name, kind].append(figures)
+    for (arm, kind), figures in found.items():
+        us, calls = (statistics.median(each) for each in zip(*figures, strict=True))
+        share = us / statistics.median(wall for wall, _ in found[arm, "all"])
+        yield {"what": what, "arm": arm, "operators": kind, "us": us, "share": share, "calls": calls}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[dict]]] = {
@@ -663,6 +746,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[dict]]] = {
     "prefill": prefill,
     "transform": transform,
     "batch": batch,
+    "ragged": ragged,
     "memory": memory,
     "compile": compiled,
     "training": training,

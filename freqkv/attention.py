@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 # What a wrapped decoder tells its wrapped layers, by the shape of an empty mask: a 4-D mask is taken as it is, so that the
 # decoder builds none, and it also reaches layers that gradient checkpointing runs again.
 CACHED, UNCACHED = (1, 1, 1, 0), (1, 1, 2, 0)
+# Masks that are kept within a forward. All layers of a call and all steps of a long prompt ask for the same few; where they
+# differ from round to round, as those of ragged rows do, each layer makes them anew rather than hold them all.
+MASKS_KEPT = 4
 # Under which names in `shared_kv_states` the entries of each segment are kept.
 SEGMENTS = "freqkv segments"
 # What a model may be called with beside images, sounds and the like.
@@ -260,7 +263,6 @@ class _Shared:
         masks = self._masks
         if key not in masks:
             _check_mask_function(attention)
-            # All layers of a call and all steps of a long prompt ask for the same few shapes; more need not be kept.
             with torch.inference_mode(False):
                 mask = create_causal_mask(
                     config,
@@ -270,35 +272,32 @@ class _Shared:
                     # Own functions are taken to ask for more than a causal mask, so that none is skipped.
                     and_mask_function=_everything if always else None,
                 )
-            self._masks = masks = {**(masks if len(masks) < 4 else {}), key: mask}
+            self._masks = masks = {**(masks if len(masks) < MASKS_KEPT else {}), key: mask}
             if tokens == 1 and mask is None:
                 self._see_all = self._see_all | {attention}
         return masks[key]
 
-    def ragged_mask(self, config: Any, hidden_states: Tensor, part: RaggedRound, aligned: bool) -> Any:
+    def ragged_mask(
+        self, config: Any, dtype: torch.dtype, device: torch.device, part: RaggedRound, aligned: bool
+    ) -> Any:
         """The same for a round of ragged rows, each of which sees its own entries."""
-        dtype, device = hidden_states.dtype, hidden_states.device
         _check_mask_function(config._attn_implementation)
-
-        def make() -> Any:
+        with torch.inference_mode(False):
             entries = torch.tensor(part.cut.entries, device=device)
             inputs = torch.empty((len(part.cut.rows), part.width, 0), dtype=dtype, device=device)
             behind = _Behind(part.entries - part.width)
+            slots = torch.arange(part.entries, device=device)
             if part.width == 1 or aligned:
-                slots = torch.arange(part.entries, device=device)
                 held = slots >= part.entries - entries[:, None] if aligned else slots < entries[:, None]
                 return create_causal_mask(config, inputs, held, behind)
             # Queries are right-aligned, entries are not. Where there is no token, something must be seen all the same.
             queries = torch.arange(behind.held, part.entries, device=device)[:, None]
-            slots = torch.arange(part.entries, device=device)
             seen = (slots <= queries + (entries - part.entries)[:, None, None]) | (slots == 0)  # rows, queries, entries
 
             def own(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
                 return seen[batch_idx, q_idx - behind.held, kv_idx]
 
             return create_causal_mask(config, inputs, None, behind, and_mask_function=own)
-
-        return part.made(("mask", config._attn_implementation, dtype, device, aligned), make)
 
     def new_cache(self) -> FreqKVCache:
         """A cache of the numbers for calls that bring none."""
@@ -366,12 +365,13 @@ class _Part(NamedTuple):
     """A part of a call that goes through the module at once, made once for all layers that stand at slots alike.
 
     `take` picks its tokens from an argument that has an axis of them; None where the call has no others. `packing` is that
-    of ragged rows. `arguments` take the place of the decoder's.
+    of ragged rows. `arguments` take the place of the decoder's, and so does what `mask` makes, layer by layer.
     """
 
     number: int
     entering: Entering
     arguments: dict[str, Any]
+    mask: Callable[[], Any] | None = None
     take: Callable[[Tensor, int], Tensor] | None = None
     packing: Packing | None = None
 
@@ -426,6 +426,8 @@ class _AttentionForward(_Wrapper):
         for part in parts:
             taken = kwargs if part.take is None else _per_token(kwargs, tokens, part.take)
             call = {**taken, **part.arguments}
+            if part.mask is not None:
+                call["attention_mask"] = part.mask()
             mask_key = self.layer.rule.mask_key
             if mask_key is not None:
                 call["attention_mask"] = {**(taken["attention_mask"] or {}), mask_key: call["attention_mask"]}
@@ -459,7 +461,10 @@ class _AttentionForward(_Wrapper):
         given = kwargs.get("position_embeddings")
         if given is not None and not isinstance(given, Tensor):
             given = given[0]
-        for number, part in enumerate(holder.parts(total)):
+        parts = holder.parts(total)
+        for number, part in enumerate(parts):
+            arguments: dict[str, Any] = {}
+            make_mask: Callable[[], Any] | None = None
             take: Callable[[Tensor, int], Tensor] | None = None
             packing: Packing | None = None
             slots: slice | Tensor
@@ -471,7 +476,7 @@ class _AttentionForward(_Wrapper):
                 if stop - start < tokens:
                     take = functools.partial(Tensor.narrow, start=start, length=stop - start)
                 first = part.entries - (stop - start)  # its own first slot, unless it came without its first tokens
-                mask = self.shared.mask(
+                arguments["attention_mask"] = self.shared.mask(
                     config, attention, hidden_states, stop - start, first, self.layer.rule.always_masks
                 )
                 slots = slice(first, part.entries)
@@ -486,16 +491,19 @@ class _AttentionForward(_Wrapper):
                     continue
                 take = None if packing.whole else packing.pack
                 aligned = _aligns(part, attention)
-                mask = self.shared.ragged_mask(config, hidden_states, part, aligned)
+                dtype = hidden_states.dtype
+                make_mask = functools.partial(self.shared.ragged_mask, config, dtype, device, part, aligned)
+                if len(parts) <= MASKS_KEPT:
+                    arguments["attention_mask"] = part.made(("mask", attention, dtype, device, aligned), make_mask)
+                    make_mask = None
                 slots = part.slots(device)
-            arguments = {"attention_mask": mask}
             if given is not None and rotation.table is not None:
                 arguments["position_embeddings"] = rotation.table.embeddings(slots, given.dtype)
             elif self.layer.positions == "position_ids":
                 if isinstance(slots, slice):
                     slots = torch.arange(slots.start, slots.stop, device=device)[None]
                 arguments["position_ids"] = slots
-            yield _Part(number, Entering(part, rotation, aligned), arguments, take, packing)
+            yield _Part(number, Entering(part, rotation, aligned), arguments, make_mask, take, packing)
 
     def _stepping(self, kwargs: dict[str, Any], cache: FreqKVCache) -> dict[str, Any]:
         """The positions of a single token, as tensors."""

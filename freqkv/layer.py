@@ -284,7 +284,7 @@ class FreqKVLayer(CacheLayerMixin):
                 if name == rotated:
                     raw[name] = rotation.unrotate(entries, fold.start)
                 else:
-                    raw[name] = entries.to(compute_dtype(entries.dtype))
+                    raw[name] = entries[:, :, :squeezed].to(compute_dtype(entries.dtype))
             folded = self.compressor(raw["keys"][:, :, :squeezed], raw["values"][:, :, :squeezed], fold.keep)
             if not (isinstance(folded, tuple) and len(folded) == 2 and all(isinstance(t, Tensor) for t in folded)):
                 raise TypeError(
@@ -296,11 +296,12 @@ class FreqKVLayer(CacheLayerMixin):
                 if tuple(after.shape) != wanted:
                     by = f"compressor {compressor_name(self.compressor)}"
                     raise ValueError(f"{by} returned {name} of shape {tuple(after.shape)}, expected {wanted}")
-                if before.shape[2] > squeezed:  # what follows the fold moves along
-                    after = torch.cat([after.to(raw[name].dtype), raw[name][:, :, squeezed:]], dim=-2)
                 if name == rotated:
-                    after = rotation.rotate(after, fold.start)
-                outcome.append(after.to(before.dtype))
+                    if before.shape[2] > squeezed:  # what follows the fold has new slots as well
+                        after = torch.cat([after, raw[name][:, :, squeezed:]], dim=-2)
+                    outcome.append(rotation.rotate(after, fold.start).to(before.dtype))
+                else:  # copied in any case: what a compressor returns may be a view of the buffer
+                    outcome.append(torch.cat([after.to(before.dtype), before[:, :, squeezed:]], dim=-2))
         return outcome[0], outcome[1]
 
     def _check(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:

@@ -300,6 +300,17 @@ def test_compressors_run_on_the_same_schedule():
     assert not torch.allclose(pooled[:, 60:], logits[:, 60:], atol=1e-2)
 
 
+def test_a_compressor_may_return_views_of_the_buffer():
+    """Of what it keeps, more than half: entries move over each other."""
+    config = FreqKVConfig(29, 3, 0.8, 0)
+    model = tiny_llama(attention="sdpa")
+    ids = tokens(120)
+    expected = llama_logits(model, ids[0], 29, 3, 0.8, 0, squeeze=lambda x, keep: x[:, -keep:])
+    freqkv.patch(model)
+    logits = stream(model, ids, FreqKVCache(model.config, config, compressor=freqkv.keep_recent), [70])
+    assert abs(logits[0].double().numpy() - expected).max() <= 1e-4
+
+
 def test_a_compressor_gets_unrotated_keys():
     """The first fold's span is what the projections give, before RoPE."""
     model = tiny_llama(layers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -92,6 +93,29 @@ def test_up_to_the_window_like_dynamic_cache(attention):
     freqkv.patch(model)
     for got, truth in zip(run(FreqKVCache(model.config, CONFIG)), plain, strict=True):
         assert torch.allclose(got, truth, atol=2e-5)
+
+
+@torch.no_grad()
+def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
+    """There are as many as rounds, each for all rows: a few live at a time."""
+    import freqkv.attention
+
+    alive, most = weakref.WeakSet(), []
+    original = freqkv.attention.create_causal_mask
+
+    def watched(*args, **kwargs):
+        mask = original(*args, **kwargs)
+        alive.add(mask)
+        most.append(len(alive))
+        return mask
+
+    monkeypatch.setattr(freqkv.attention, "create_causal_mask", watched)
+    model = tiny_llama(attention="sdpa", layers=3)
+    freqkv.patch(model)
+    ids, mask = padded(rows_of([20 * N, 20 * N - 7]))
+    model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG))
+    assert len(most) > 20
+    assert max(most) <= 5
 
 
 @given(

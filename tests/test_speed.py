@@ -42,6 +42,7 @@ def test_decode(tmp_path):
         assert arms(rows, what=what) == {"DynamicCache", "FreqKV"}
     assert {row["entries"] for row in rows if row["what"] == "3N tokens before"} == {"192", "35..64"}
     assert all(float(row["ms_per_token"]) > 0 for row in rows)
+    assert all(0 < float(row["compression_share"]) < 1 for row in rows if row["windows"] and row["arm"] == "FreqKV")
     assert list(tmp_path.glob("*.png"))
 
 
@@ -59,11 +60,17 @@ def test_transform(tmp_path):
 
 def test_batch(tmp_path):
     rows = rows_of("batch", tmp_path)
+    for size in ("1", "3"):
+        assert arms(rows, batch=size) == {"DynamicCache", "FreqKV"}
+
+
+def test_ragged(tmp_path):
+    rows = rows_of("ragged", tmp_path)
     expected = {
         f"{c}, {rows}" for c in ("FreqKV", "DynamicCache") for rows in ("equal rows", "rows of N/4 to 2.75N tokens")
     }
-    assert arms(rows, batch="3", what="one cycle") == expected
-    assert arms(rows, batch="1", what="full window") == {"DynamicCache", "FreqKV"}
+    assert arms(rows, batch="3") == expected
+    assert arms(rows, batch="1") == set()
 
 
 def test_memory(tmp_path, in_this_process):
@@ -77,20 +84,23 @@ def test_memory(tmp_path, in_this_process):
 
 def test_profile(tmp_path):
     rows = rows_of("profile", tmp_path)
-    assert arms(rows, what="a token with a full window") == {"DynamicCache", "FreqKV"}
     assert arms(rows, what="a prompt of 2 windows") == {"DynamicCache, 2 prompts of N", "FreqKV"}
-    products = []
-    for arm in ("DynamicCache", "FreqKV"):
-        told = {row["operators"]: row for row in rows if row["arm"] == arm and row["what"].startswith("a token")}
-        products.append(float(told["matrix products"]["calls"]))
-        assert sum(float(row["share"]) for row in told.values()) == pytest.approx(2, abs=1e-3)
-    assert products[0] == products[1] >= 2 * 7 + 1  # of each layer, and the output matrix: the cache adds none
+    assert arms(rows, what="a token of 3 rows") == {"FreqKV, equal rows", "FreqKV, rows of N/4 to 2.75N tokens"}
+    for what in ("a token, nothing cached", "a token, full window"):
+        products = []
+        for arm in ("DynamicCache", "FreqKV"):
+            told = {row["operators"]: row for row in rows if (row["arm"], row["what"]) == (arm, what)}
+            products.append(float(told["matrix products"]["calls"]))
+            assert sum(float(row["share"]) for row in told.values()) == pytest.approx(2, abs=1e-3)
+        assert products[0] == products[1] >= 2 * 7 + 1  # of each layer, and the output matrix: the cache adds none
 
 
 def test_compile(tmp_path):
     rows = rows_of("compile", tmp_path)
     assert {row["graphs_compiled_while_timed"] for row in rows} == {"0"}
     assert len(rows) == 4
+    (told,) = (row["outside_the_graph_us"] for row in rows if row["outside_the_graph_us"])
+    assert float(told) > 0
 
 
 def test_training(tmp_path, in_this_process):
