@@ -263,6 +263,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
                 "DynamicCache": functools.partial(plain_arm, model, plain, ids[:, : max(1, k // 4)]),
                 "FreqKV": one_cycle,
             }
+            shares.clear()
             times = interleaved(arms, max(1, args.rounds // 3), f"{windows} windows")
             times["DynamicCache"] = [t / max(1, k // 4) for t in times["DynamicCache"]]
             times["FreqKV"] = [t / cycle for t in times["FreqKV"]]
@@ -668,7 +669,8 @@ def compiled(args: argparse.Namespace) -> Iterator[dict]:
 def profile(args: argparse.Namespace) -> Iterator[dict]:
     """Where the time goes: operators of torch by their own time, and what lies between them (Python, dispatch).
 
-    All figures are of profiled runs, which are slower: medians over rounds in which every arm runs once.
+    All figures are of profiled runs, which are slower: medians over rounds in which every arm runs once, each by itself, so
+    that shares need not sum to one.
     """
     model, n, k = patched_model(args), args.window, args.tokens
     device = torch.device(args.device)

@@ -8,13 +8,12 @@ twice, at slot 0 (where RoPE turns nothing) and at other slots.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +48,7 @@ class Rotary:
     owner: nn.Module
     name: str
     layer_type: str | None = None
+    _frequencies: dict[nn.Module, str | None] = field(default_factory=dict, repr=False, compare=False)  # buffers' names
 
     @property
     def source(self) -> Any:
@@ -56,15 +56,14 @@ class Rotary:
 
     def version(self) -> Any:
         """An object that is another one when tables have to be made anew, as after `model.to(...)`."""
-        source, name = self.source, self._frequencies
+        source = self.source
+        if isinstance(source, Tensor):
+            return source
+        if source not in self._frequencies:
+            found = (name for name, _ in source.named_buffers() if name.endswith("inv_freq"))
+            self._frequencies[source] = next(found, None)
+        name = self._frequencies[source]
         return source if name is None else operator.attrgetter(name)(source)
-
-    @functools.cached_property
-    def _frequencies(self) -> str | None:
-        """The buffer of its frequencies, if it has one."""
-        if isinstance(self.source, Tensor):
-            return None
-        return next((name for name, _ in self.source.named_buffers() if name.endswith("inv_freq")), None)
 
     def table(self, slots: int, device: torch.device) -> SlotTable:
         source = self.source

@@ -190,7 +190,6 @@ class _Shared:
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
         self.kinds: dict[Any, int] = {}
-        self.places: dict[Any, int] = {}
         self._tables: dict[Any, tuple[Any, SlotTable]] = {}
         self._rotations: dict[Any, tuple[Any, SlotRotation]] = {}
         self._masks: dict[Any, Any] = {}
@@ -381,8 +380,6 @@ class _AttentionForward(_Wrapper):
         super().__init__(layer.module, "forward", shared)
         self.layer = layer
         self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
-        alike = self.kind, id(getattr(layer.module, "config", None)), layer.keeps_state
-        self.place = shared.places.setdefault(alike, len(shared.places))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -418,10 +415,16 @@ class _AttentionForward(_Wrapper):
         else:
             # A layer that reads the entries of another one may get the last tokens of the call only.
             holder, total = cache, cache.forward_tokens
-        place = self.place, tokens, hidden_states.dtype, hidden_states.device
+            if cache.ragged is not None and self.layer.keeps_state:
+                raise ValueError(
+                    f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
+                    "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
+                )
+        config = getattr(self.layer.module, "config", self.shared.model_config)
+        place = self.kind, id(config), tokens, hidden_states.dtype, hidden_states.device
         parts: list[_Part] | None = holder.common.get(place)
         if parts is None:
-            parts = holder.common[place] = list(self._parts(kwargs, hidden_states, holder, total))
+            parts = holder.common[place] = list(self._parts(kwargs, hidden_states, config, holder, total))
         outputs = []
         for part in parts:
             taken = kwargs if part.take is None else _per_token(kwargs, tokens, part.take)
@@ -451,11 +454,10 @@ class _AttentionForward(_Wrapper):
         return torch.cat([output[0] for output in outputs], dim=1), *_besides(outputs)
 
     def _parts(
-        self, kwargs: dict[str, Any], hidden_states: Tensor, holder: FreqKVCache | _OneLayer, total: int
+        self, kwargs: dict[str, Any], hidden_states: Tensor, config: Any, holder: FreqKVCache | _OneLayer, total: int
     ) -> Iterator[_Part]:
         """What a call is cut into, of whose `total` tokens the module gets the last ones."""
         tokens, device = hidden_states.shape[1], hidden_states.device
-        config = getattr(self.layer.module, "config", self.shared.model_config)
         attention = config._attn_implementation
         rotation = self.shared.rotation(self.layer, self.kind, holder.schedule.window, device)
         given = kwargs.get("position_embeddings")
@@ -481,11 +483,6 @@ class _AttentionForward(_Wrapper):
                 )
                 slots = slice(first, part.entries)
             else:
-                if self.layer.keeps_state:
-                    raise ValueError(
-                        f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so "
-                        "that rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
-                    )
                 packing = part.packing(tokens, device)
                 if packing.empty:
                     continue
@@ -493,7 +490,9 @@ class _AttentionForward(_Wrapper):
                 aligned = _aligns(part, attention)
                 dtype = hidden_states.dtype
                 make_mask = functools.partial(self.shared.ragged_mask, config, dtype, device, part, aligned)
-                if len(parts) <= MASKS_KEPT:
+                # Only these make masks that are as large as they look, and a graph keeps what it was given in any case.
+                remade = len(parts) > MASKS_KEPT and _is_dense(attention) and not torch.is_grad_enabled()
+                if not remade:
                     arguments["attention_mask"] = part.made(("mask", attention, dtype, device, aligned), make_mask)
                     make_mask = None
                 slots = part.slots(device)
@@ -517,7 +516,12 @@ class _AttentionForward(_Wrapper):
 def _aligns(part: RaggedRound, attention: str) -> bool:
     """Whether the attention implementation wants the last entries of all rows in the last place."""
     # These take any mask. flash-attention takes padding in front only, and flex compiles for the masks it knows.
-    return part.width > 1 and ALL_MASK_ATTENTION_FUNCTIONS.get(attention) not in (eager_mask, sdpa_mask)
+    return part.width > 1 and not _is_dense(attention)
+
+
+def _is_dense(attention: str) -> bool:
+    """Whether it takes masks of queries by entries."""
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) in (eager_mask, sdpa_mask)
 
 
 class _SharedEntries:

@@ -105,14 +105,17 @@ class Step:
     """
 
     def __init__(self) -> None:
-        self.slot = torch.zeros(1, dtype=torch.long)
-        self.seen = torch.zeros((), dtype=torch.long)
+        self._make(torch.device("cpu"))
         self.tables: dict[int, tuple[Tensor, ...]] = {}
 
+    def _make(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # they are written to in any mode
+            self.slot = torch.zeros(1, dtype=torch.long, device=device)
+            self.seen = torch.zeros((), dtype=torch.long, device=device)
+
     def place(self, slot: int, seen: int, device: torch.device) -> None:
-        if self.slot.device != device:
-            with torch.inference_mode(False):
-                self.slot, self.seen = self.slot.to(device), self.seen.to(device)
+        if self.slot.device != device or self.slot.is_inference():  # as copies are that were made in that mode
+            self._make(device)
         self.slot.fill_(slot)
         self.seen.fill_(seen)
 
@@ -410,6 +413,7 @@ class FreqKVCache(SegmentedCache):
     def abort_step(self) -> None:
         """Note that it was interrupted: the cache is spent."""
         self.stepping = None
+        self.common = {}
 
     def check_usable(self) -> None:
         """Raise RuntimeError if an earlier forward broke off after tokens had entered some layer."""
@@ -581,6 +585,7 @@ class FreqKVCache(SegmentedCache):
         self.forward_start = self.ragged = self._last_real = self.stepping = None
         self._padding = 0
         self._touched = False
+        self.common = {}
 
     def _reset_extra_state(self) -> None:
         if self._extra_state is not None:

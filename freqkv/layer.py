@@ -51,9 +51,9 @@ def _outliving() -> Iterator[None]:
         yield
 
 
-def _takes(buffer: Tensor, window: int, states: Tensor) -> bool:
-    """Whether a buffer of `window` slots has room for states as they are."""
-    batch, heads, _, size = states.shape
+def _takes(buffer: Tensor, batch: int, window: int, states: Tensor) -> bool:
+    """Whether it is a buffer of `batch` rows and `window` slots for states such as these."""
+    _, heads, _, size = states.shape
     fits = buffer.shape == (batch, heads, window, size)
     return fits and buffer.dtype == states.dtype and buffer.device == states.device
 
@@ -158,11 +158,12 @@ class FreqKVLayer(CacheLayerMixin):
             return self._update_ragged(key_states, value_states, tokens, rotation, entering.aligned)
         if torch.is_grad_enabled() or not self.preallocate:
             return self._update_out_of_place(key_states, value_states, tokens, rotation)
-        if not self._fits(key_states, value_states):
-            self._check(key_states, value_states, key_states.shape[0])
-            self._ensure_buffer(key_states, value_states, key_states.shape[0])
+        batch = key_states.shape[0]
+        if not self._fits(key_states, value_states, batch):
+            self._check(key_states, value_states, batch)
+            self._ensure_buffer(key_states, value_states, batch)
         if tokens.fold is not None:
-            self._record(key_states.shape[0])
+            self._record(batch)
             self._fold_in_place(tokens.fold, rotation)
         keys, values, slot, entries = self.keys, self.values, tokens.slot, tokens.entries
         assert keys is not None
@@ -213,7 +214,7 @@ class FreqKVLayer(CacheLayerMixin):
         if tokens.fold is not None:
             self._record(tokens.batch, tokens.folding(device))
         if torch.is_grad_enabled():  # the graph needs the entries as they are
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.keys, self.values, self._owns_buffer = self.keys.clone(), self.values.clone(), False
         if tokens.fold is not None:
             fold, rows = tokens.fold, tokens.folding(device)
             folded = self._folded(fold, rotation, self.keys[rows], self.values[rows])
@@ -333,16 +334,16 @@ class FreqKVLayer(CacheLayerMixin):
         rows, _, slots, _ = held.shape
         return rows == batch and slots == self.schedule.window and held.device == device
 
-    def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether these can be written to the buffers as they are."""
+    def _fits(self, key_states: Tensor, value_states: Tensor, batch: int) -> bool:
+        """Whether these can be written to the buffers as they are, those of `batch` rows."""
         keys, values, window = self.keys, self.values, self.schedule.window
         if not self._owns_buffer or keys is None or values is None or keys.is_inference():
             return False
-        return _takes(keys, window, key_states) and _takes(values, window, value_states)
+        return _takes(keys, batch, window, key_states) and _takes(values, batch, window, value_states)
 
     def _ensure_buffer(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
         """Make `keys` and `values` buffers of `window` slots that hold the present entries."""
-        if self._fits(key_states, value_states):
+        if self._fits(key_states, value_states, batch):
             return
         held = self._held() if self.seen else (None, None)
         buffers = []

@@ -44,6 +44,12 @@ class KeyRotation:
     dims: int
     reverse: bool = False
 
+    def channels(self, pairs: int) -> tuple[slice, slice]:
+        """The first channel of each pair, and the second."""
+        if self.pairing == "half":
+            return slice(0, pairs), slice(pairs, 2 * pairs)
+        return slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+
     def __str__(self) -> str:
         what = "keys" if self.stream == "keys" else "the second of the cached tensors"
         reverse = ", reversed" if self.reverse else ""
@@ -66,7 +72,27 @@ class SlotTable:
     native: Native | None
     cos: Tensor
     sin: Tensor
-    _cast: dict[torch.dtype, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cast: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def turning(self, how: KeyRotation, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cos, one column for each of `size` channels, and sin, one for each pair, of a rotation and of its inverse."""
+        key = how.pairing, how.reverse, size, dtype
+        tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = self._cast.get(key)
+        if tables is None:
+            with torch.inference_mode(False):  # tables outlive the call
+                cos, sin = self.cos.to(dtype), self.sin.to(dtype)
+                if how.reverse:
+                    sin = -sin
+                norm = cos * cos + sin * sin  # not quite 1, and the square of the attention scaling where there is one
+
+                def wide(cos: Tensor) -> Tensor:  # channels that are not rotated stay as they are
+                    columns = cos.new_ones(cos.shape[0], size)
+                    for channels in how.channels(cos.shape[-1]):
+                        columns[:, channels] = cos
+                    return columns
+
+                tables = self._cast[key] = wide(cos), sin, wide(cos / norm), -sin / norm
+        return tables
 
     def embeddings(self, rows: slice | Tensor, dtype: torch.dtype) -> Native:
         """`native` for the slots `rows`; real tables in `dtype`, complex ones as they are."""
@@ -174,7 +200,6 @@ class SlotRotation:
     table: SlotTable | None
     how: KeyRotation | None
     scale: Tensor | None = None
-    _cast: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def rotate(self, entries: Tensor, slot: int) -> Tensor:
         """Rotate `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
@@ -191,39 +216,16 @@ class SlotRotation:
 
     def _rows(self, entries: Tensor, slot: int, back: bool = False) -> tuple[Tensor, Tensor]:
         """Cos, one column a channel, and sin, one column a pair, for as many slots: of the rotation or of its inverse."""
-        size = entries.shape[-1]
-        key = compute_dtype(entries.dtype), size
-        tables = self._cast.get(key)
-        if tables is None:
-            assert self.table is not None
-            assert self.how is not None
-            with torch.inference_mode(False):  # they outlive the call
-                cos, sin = (t.to(key[0]) for t in (self.table.cos, self.table.sin))
-                if self.how.reverse:
-                    sin = -sin
-                norm = cos * cos + sin * sin  # not quite 1, and the square of the attention scaling where there is one
-                tables = self._wide(cos, size), sin, self._wide(cos / norm, size), -sin / norm
-            self._cast[key] = tables
+        assert self.table is not None
+        assert self.how is not None
+        tables = self.table.turning(self.how, entries.shape[-1], compute_dtype(entries.dtype))
         cos, sin = tables[2:] if back else tables[:2]
         return cos.narrow(0, slot, entries.shape[-2]), sin.narrow(0, slot, entries.shape[-2])
 
-    def _wide(self, cos: Tensor, size: int) -> Tensor:
-        """One column for each of `size` channels: those that are not rotated stay as they are."""
-        wide = cos.new_ones(cos.shape[0], size)
-        for channels in self._channels(cos.shape[-1]):
-            wide[:, channels] = cos
-        return wide
-
-    def _channels(self, pairs: int) -> tuple[slice, slice]:
-        """The first channel of each pair, and the second."""
-        assert self.how is not None
-        if self.how.pairing == "half":
-            return slice(0, pairs), slice(pairs, 2 * pairs)
-        return slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-
     def _turn(self, entries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         entries = entries.to(cos.dtype)
-        first, second = self._channels(sin.shape[-1])
+        assert self.how is not None
+        first, second = self.how.channels(sin.shape[-1])
         turned = entries * cos
         turned[..., first].addcmul_(entries[..., second], sin, value=-1)
         turned[..., second].addcmul_(entries[..., first], sin)

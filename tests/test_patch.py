@@ -629,3 +629,41 @@ def test_importing_is_lean_and_silent():
         [sys.executable, "-W", "error::DeprecationWarning:freqkv", "-c", code], capture_output=True, text=True
     )
     assert (done.stdout, done.returncode) == ("[] True\n", 0), done.stderr
+
+
+@torch.no_grad()
+def test_another_rotary_module_is_noticed():
+    """Also one that calls its buffers otherwise."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.register_buffer("angles", 2 * base.inv_freq)
+
+        def forward(self, x, position_ids):
+            angles = position_ids[..., None].float() * torch.cat([self.angles, self.angles])
+            return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    ids = tokens(20)
+    before = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    model.model.rotary_emb = Other(model.model.rotary_emb)
+    after = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    freqkv.unpatch(model)
+    assert torch.equal(after, model(ids, past_key_values=DynamicCache(config=model.config)).logits)
+    assert not torch.allclose(after, before, atol=1e-2)
+
+
+@torch.no_grad()
+def test_layers_may_attend_in_different_ways():
+    """Each gets the mask that its own implementation takes, also where it was chosen after the patch."""
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    ids = tokens(90)
+    expected = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    model.model.layers[1].self_attn.config = config
+    got = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    assert torch.allclose(got, expected, atol=1e-4)

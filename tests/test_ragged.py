@@ -96,6 +96,53 @@ def test_up_to_the_window_like_dynamic_cache(attention):
 
 
 @torch.no_grad()
+def test_buffers_stay_where_they_are():
+    """Also through rounds in which some rows have nothing to bring."""
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, CONFIG)
+    rows = rows_of([N // 2, 3 * N, 5])
+    ids, mask = padded(rows)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    held = [buffer.data_ptr() for layer in cache.layers for buffer in (layer.keys, layer.values)]
+    new = torch.tensor([[0] * 40 + [1] * 20, [1] * 60, [0] * 59 + [1]])
+    model(tokens(60, 3), attention_mask=torch.cat([mask, new], 1), past_key_values=cache)
+    assert [buffer.data_ptr() for layer in cache.layers for buffer in (layer.keys, layer.values)] == held
+
+
+@torch.no_grad()
+def test_a_reset_cache_takes_more_rows_of_which_some_are_empty():
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, CONFIG)
+    model(tokens(9, 2), past_key_values=cache)
+    cache.reset()
+    row = tokens(7)[0]
+    ids, mask = padded([row[:0], row[:0], row, row[2:]])
+    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    assert torch.allclose(logits[2], alone(model, row), atol=2e-4)
+    assert cache.batch_size == 4
+    more = model(tokens(3, 4), attention_mask=torch.cat([mask, mask.new_ones(4, 3)], 1), past_key_values=cache).logits
+    assert torch.allclose(more[0], alone(model, tokens(3, 4)[0]), atol=2e-4)
+
+
+def test_a_graph_over_ragged_rows_keeps_its_entries():
+    """What enters later without a graph is not written into what the graph needs."""
+    model = tiny_llama(attention="sdpa")
+    freqkv.patch(model)
+    cache = FreqKVCache(model.config, CONFIG)
+    ids, mask = padded(rows_of([4, 9]))
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    longer = torch.cat([mask, mask.new_ones(2, 5)], 1)
+    loss = model(tokens(5, 2), attention_mask=longer, past_key_values=cache).logits.sum()
+    with torch.no_grad():
+        model(tokens(1, 2), attention_mask=torch.cat([longer, mask.new_ones(2, 1)], 1), past_key_values=cache)
+    loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
 def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
     """There are as many as rounds, each for all rows: a few live at a time."""
     import freqkv.attention

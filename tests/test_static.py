@@ -227,3 +227,14 @@ def test_a_loaded_cache(tmp_path):
 def test_models_with_other_layers_are_refused(family):
     with pytest.raises(ValueError, match="static=True needs a model all of whose layers"):
         FreqKVCache(zoo.tiny_config(family), CONFIG, static=True)
+
+
+def test_caches_made_in_inference_mode():
+    model = patched()
+    with torch.inference_mode():
+        made = FreqKVCache(model.config, CONFIG, static=True)
+        copied = copy.deepcopy(made)
+    expected, _ = generate(model, tokens(9), static=True)
+    for cache in (made, copied):
+        got, _ = generate(model, tokens(9), static=True, cache=cache)
+        assert torch.equal(got.sequences, expected.sequences)
