@@ -5,9 +5,10 @@
     python examples/speed.py all --threads 1
     python examples/speed.py plot                                # time per token over 64 windows, from the last decode
 
-Times are medians over rounds in each of which every arm runs once; a ratio is the median of the rounds' ratios. A `--shape`
-is a Llama with random weights and a vocabulary of 1,024 tokens, so that its layers are timed and not its output matrix.
-Tables go to examples/results/speed/, one file for each command, model and machine.
+Times are medians over rounds in each of which every arm runs once, or over tokens that enter one cache after the other; a
+ratio is the median of the ratios of each round, or token. A `--shape` is a Llama with random weights and a vocabulary of
+1,024 tokens, so that its layers are timed and not its output matrix. Tables go to examples/results/speed/, one file for each
+command, model and machine.
 """
 
 from __future__ import annotations
@@ -198,21 +199,41 @@ def decode_tokens(model: PreTrainedModel, cache: Any, ids: Tensor, **inputs: Ten
     return clock(ids.device) - started
 
 
-def plain_arm(model: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> float:
-    """Decoding behind the entries that `cache` has, which it has again afterwards."""
+@contextlib.contextmanager
+def rewound(cache: Any, tokens: int) -> Iterator[None]:
+    """Takes back the tokens that enter within; what a FreqKVCache compresses is gone."""
     held = [(layer.keys, layer.values) for layer in cache.layers]
-    seconds = decode_tokens(model, cache, ids)
-    for layer, states in zip(cache.layers, held, strict=True):
-        layer.keys, layer.values = states
-    return seconds
+    yield
+    if isinstance(cache, FreqKVCache):
+        cache.crop(-tokens)
+    else:
+        for layer, states in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values = states
 
 
-def freqkv_arm(model: PreTrainedModel, cache: FreqKVCache, ids: Tensor) -> float:
-    seconds = decode_tokens(model, cache, ids)
-    cache.crop(-ids.shape[1])
-    decode_tokens(model, cache, ids[:, :1])  # what a crop leaves to be made again is not timed
-    cache.crop(-1)
-    return seconds
+def decode_and_rewind(model: PreTrainedModel, cache: Any, ids: Tensor) -> float:
+    with rewound(cache, ids.shape[1]):
+        return decode_tokens(model, cache, ids)
+
+
+def in_turn(
+    model: PreTrainedModel, caches: dict[str, Any], ids: Tensor, rounds: int, title: str
+) -> dict[str, list[float]]:
+    """Seconds of each token, which enters one cache after the other, so that a drift of the machine meets them alike.
+
+    The order changes from token to token, and a first round does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for index in tqdm(range(-1, rounds), desc=title, leave=False, unit="round"):
+        with contextlib.ExitStack() as stack:
+            for cache in caches.values():
+                stack.enter_context(rewound(cache, ids.shape[1]))
+            for token in range(ids.shape[1]):
+                for name in sorted(caches, reverse=bool(token % 2)):
+                    seconds = decode_tokens(model, caches[name], ids[:, token : token + 1])
+                    if index >= 0:
+                        times[name].append(seconds)
+    return times
 
 
 # Commands: each yields the rows of its table
@@ -223,28 +244,23 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
     model, n, k = patched_model(args), args.window, args.tokens
     layers = model.config.num_hidden_layers
     ids = text(args, k)
+    ours, plain = makers(args, model)
     with torch.no_grad():
-        for what, entries in (("full window", n - k), ("nothing cached", 0)):
-            cache, plain = FreqKVCache(model.config, window=n), DynamicCache(config=model.config)
-            for each in (cache, plain):
-                model(text(args, max(entries, 1)), past_key_values=each, logits_to_keep=1)
-            arms = {
-                "DynamicCache": functools.partial(plain_arm, model, plain, ids),
-                "FreqKV": functools.partial(freqkv_arm, model, cache, ids),
-            }
-            times = interleaved(arms, args.rounds, what)
+        for what, entries in (("full window", n - k), ("nothing cached", 1)):
+            caches = {"DynamicCache": plain(), "FreqKV": ours()}
+            for each in caches.values():
+                model(text(args, entries), past_key_values=each, logits_to_keep=1)
+            times = in_turn(model, caches, ids, args.rounds, what)
             for name, seconds in times.items():
-                row = {"what": what, "arm": name, "entries": f"{max(entries, 1)}..{max(entries, 1) + k}"}
-                row |= {
-                    "ms_per_token": statistics.median(seconds) / k * 1e3,
+                pairs = zip(seconds, times["DynamicCache"], strict=True)
+                yield {
+                    "what": what, "arm": name, "entries": f"{entries}..{entries + k}",
+                    "ms_per_token": statistics.median(seconds) * 1e3,
                     "ratio": ratio(times, name, "DynamicCache"),
-                }
-                if not entries:
-                    pairs = zip(times[name], times["DynamicCache"], strict=True)
-                    row["overhead_us_per_layer"] = statistics.median(a - b for a, b in pairs) / k / layers * 1e6
-                yield row
+                    "more_us_per_layer": statistics.median(a - b for a, b in pairs) / layers * 1e6,
+                }  # fmt: skip
         cycle = FreqKVConfig(n).resolve(model.config).schedule.step
-        stream = FreqKVCache(model.config, window=n)
+        stream = ours()
         first: dict[str, float] = {}
         shares: list[float] = []
 
@@ -258,9 +274,9 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
         for windows in args.lengths or (1, 2, 4, 8, 16, 32, 64):
             while stream.tokens_seen < windows * n:
                 model(text(args, min(n, windows * n - stream.tokens_seen)), past_key_values=stream, logits_to_keep=1)
-            plain = dynamic(args, model, windows * n)
+            grown = dynamic(args, model, windows * n)
             arms = {
-                "DynamicCache": functools.partial(plain_arm, model, plain, ids[:, : max(1, k // 4)]),
+                "DynamicCache": functools.partial(decode_and_rewind, model, grown, ids[:, : max(1, k // 4)]),
                 "FreqKV": one_cycle,
             }
             shares.clear()
@@ -421,18 +437,14 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
     model, n, k = patched_model(args), args.window, args.tokens
     for size in args.batches:
         ids = text(args, k, size)
-        cache = FreqKVCache(model.config, window=n)
+        caches = {"DynamicCache": dynamic(args, model, n - k, size), "FreqKV": FreqKVCache(model.config, window=n)}
         with torch.no_grad():
-            model(text(args, n - k, size), past_key_values=cache, logits_to_keep=1)
-        arms = {
-            "DynamicCache": functools.partial(plain_arm, model, dynamic(args, model, n - k, size), ids),
-            "FreqKV": functools.partial(freqkv_arm, model, cache, ids),
-        }
-        times = interleaved(arms, args.rounds, f"batch {size}")
+            model(text(args, n - k, size), past_key_values=caches["FreqKV"], logits_to_keep=1)
+        times = in_turn(model, caches, ids, args.rounds, f"batch {size}")
         for name, seconds in times.items():
             median = statistics.median(seconds)
-            yield {"what": "full window", "batch": size, "arm": name, "ms_per_token": median / k * 1e3,
-                   "tokens_per_s": size * k / median, "ratio": ratio(times, name, "DynamicCache")}  # fmt: skip
+            yield {"what": "full window", "batch": size, "arm": name, "ms_per_token": median * 1e3,
+                   "tokens_per_s": size / median, "ratio": ratio(times, name, "DynamicCache")}  # fmt: skip
 
 
 class Rows:
@@ -471,15 +483,22 @@ def ragged(args: argparse.Namespace) -> Iterator[dict]:
     cycle = FreqKVConfig(n).resolve(model.config).schedule.step
     for size in (size for size in args.batches if size > 1):
         for name, make in zip(("FreqKV", "DynamicCache"), makers(args, model), strict=True):
-            arms = {
-                f"{name}, {rows}": lambda make=make, lengths=lengths: Rows(args, model, make, lengths).decode(cycle)
-                for rows, lengths in lengths_of(args, size).items()
-            }
-            times = interleaved(arms, max(1, args.rounds // 3), f"ragged batch {size}")
-            for arm, seconds in times.items():
-                median = statistics.median(seconds)
-                yield {"batch": size, "arm": arm, "ms_per_token": median / cycle * 1e3,
-                       "tokens_per_s": size * cycle / median, "ratio": ratio(times, arm, next(iter(arms)))}  # fmt: skip
+            lengths = lengths_of(args, size)
+            times: dict[str, list[float]] = {rows: [] for rows in lengths}
+            for _ in tqdm(range(max(1, args.rounds // 3)), desc=f"batch {size}", leave=False, unit="round"):
+                arms = {rows: Rows(args, model, make, lengths[rows]) for rows in lengths}
+                for arm in arms.values():
+                    arm.decode(2)
+                seconds = dict.fromkeys(arms, 0.0)
+                for token in range(cycle):  # one side after the other, so that a drift of the machine meets them alike
+                    for rows in sorted(arms, reverse=bool(token % 2)):
+                        seconds[rows] += arms[rows].decode(1)
+                for rows in arms:
+                    times[rows].append(seconds[rows])
+            for rows in lengths:
+                median = statistics.median(times[rows])
+                yield {"batch": size, "arm": f"{name}, {rows}", "ms_per_token": median / cycle * 1e3,
+                       "tokens_per_s": size * cycle / median, "ratio": ratio(times, rows, "equal rows")}  # fmt: skip
 
 
 # Memory is measured in processes of their own: a peak does not go down again.
@@ -683,11 +702,10 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
             for each in (cache, plain):
                 model(text(args, entries), past_key_values=each, logits_to_keep=1)
             decoding: dict[str, Callable[[], Any]] = {
-                "DynamicCache": functools.partial(plain_arm, model, plain, ids),
-                "FreqKV": functools.partial(decode_tokens, model, cache, ids),
+                "DynamicCache": functools.partial(decode_and_rewind, model, plain, ids),
+                "FreqKV": functools.partial(decode_and_rewind, model, cache, ids),
             }
-            undo = {"FreqKV": lambda cache=cache: cache.crop(-k)}
-            yield from where_time_goes(what, decoding, k, args.rounds, device, undo)
+            yield from where_time_goes(what, decoding, k, args.rounds, device)
 
         def prompts(make: Callable[[], Any], times: int, windows: int) -> None:
             for _ in range(times):
@@ -707,12 +725,7 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def where_time_goes(
-    what: str,
-    arms: dict[str, Callable[[], Any]],
-    unit: int,
-    rounds: int,
-    device: torch.device,
-    undo: dict[str, Callable[[], Any]] | None = None,
+    what: str, arms: dict[str, Callable[[], Any]], unit: int, rounds: int, device: torch.device
 ) -> Iterator[dict]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     kinds = [*OPERATORS, "elementwise and the rest", "between operators", "all"]
@@ -721,7 +734,6 @@ def where_time_goes(
         for name, arm in arms.items():
             with torch.profiler.profile(activities=activities) as profiler:
                 wall = timed(arm, device) / unit * 1e6
-            (undo or {}).get(name, lambda: None)()
             if index < 0:
                 continue
             spent = dict.fromkeys(kinds[:-2], (0.0, 0.0))
