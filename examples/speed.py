@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import itertools
@@ -217,22 +218,31 @@ def decode_and_rewind(model: PreTrainedModel, cache: Any, ids: Tensor) -> float:
 
 
 def in_turn(
-    model: PreTrainedModel, caches: dict[str, Any], ids: Tensor, rounds: int, title: str
+    model: PreTrainedModel, caches: dict[str, Any], ids: Tensor, fewer: dict[str, int] | None = None
 ) -> dict[str, list[float]]:
     """Seconds of each token, which enters one cache after the other, so that a drift of the machine meets them alike.
 
-    The order changes from token to token, and a first round does not count.
+    The order changes from token to token. `fewer` names caches that take the first tokens only.
     """
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for token in range(ids.shape[1]):
+        for name in sorted(caches, reverse=bool(token % 2)):
+            if token < (fewer or {}).get(name, ids.shape[1]):
+                times[name].append(decode_tokens(model, caches[name], ids[:, token : token + 1]))
+    return times
+
+
+def again_and_again(
+    model: PreTrainedModel, caches: dict[str, Any], ids: Tensor, rounds: int, title: str
+) -> dict[str, list[float]]:
+    """The same from the same entries in each round; a first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in caches}
     for index in tqdm(range(-1, rounds), desc=title, leave=False, unit="round"):
         with contextlib.ExitStack() as stack:
             for cache in caches.values():
                 stack.enter_context(rewound(cache, ids.shape[1]))
-            for token in range(ids.shape[1]):
-                for name in sorted(caches, reverse=bool(token % 2)):
-                    seconds = decode_tokens(model, caches[name], ids[:, token : token + 1])
-                    if index >= 0:
-                        times[name].append(seconds)
+            for name, seconds in in_turn(model, caches, ids).items():
+                times[name] += seconds if index >= 0 else []
     return times
 
 
@@ -250,7 +260,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
             caches = {"DynamicCache": plain(), "FreqKV": ours()}
             for each in caches.values():
                 model(text(args, entries), past_key_values=each, logits_to_keep=1)
-            times = in_turn(model, caches, ids, args.rounds, what)
+            times = again_and_again(model, caches, ids, args.rounds, what)
             for name, seconds in times.items():
                 pairs = zip(seconds, times["DynamicCache"], strict=True)
                 yield {
@@ -260,39 +270,30 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
                     "more_us_per_layer": statistics.median(a - b for a, b in pairs) / layers * 1e6,
                 }  # fmt: skip
         cycle = FreqKVConfig(n).resolve(model.config).schedule.step
-        stream = ours()
-        first: dict[str, float] = {}
-        shares: list[float] = []
-
-        def one_cycle() -> float:
-            """From one compression to the next, with the compression."""
-            with counting_compressions(ids.device) as spent:
-                seconds = decode_tokens(model, stream, text(args, cycle))
-            shares.append(sum(spent) / seconds)
-            return seconds
-
+        stream, first = ours(), ours()
+        model(text(args, n), past_key_values=first, logits_to_keep=1)
+        few = max(1, k // 4)
         for windows in args.lengths or (1, 2, 4, 8, 16, 32, 64):
             while stream.tokens_seen < windows * n:
                 model(text(args, min(n, windows * n - stream.tokens_seen)), past_key_values=stream, logits_to_keep=1)
             grown = dynamic(args, model, windows * n)
-            arms = {
-                "DynamicCache": functools.partial(decode_and_rewind, model, grown, ids[:, : max(1, k // 4)]),
-                "FreqKV": one_cycle,
-            }
-            shares.clear()
-            times = interleaved(arms, max(1, args.rounds // 3), f"{windows} windows")
-            times["DynamicCache"] = [t / max(1, k // 4) for t in times["DynamicCache"]]
-            times["FreqKV"] = [t / cycle for t in times["FreqKV"]]
-            for name, seconds in times.items():
-                median = statistics.median(seconds)
-                row = {"what": f"{windows}N tokens before", "arm": name, "windows": windows}
-                row["entries"] = (
-                    windows * n if name == "DynamicCache" else f"{stream.config.schedule.entries(n + 1)}..{n}"
-                )
-                row |= {"ms_per_token": median * 1e3, "ratio": ratio(times, name, "DynamicCache")}
+            times, shares = {}, []
+            for _ in tqdm(range(max(1, args.rounds // 3)), desc=f"{windows} windows", leave=False, unit="round"):
+                # From one compression to the next, with the compression.
+                caches = {"DynamicCache": grown, "FreqKV": stream, "FreqKV, 1N tokens before": copy.deepcopy(first)}
+                with rewound(grown, few), counting_compressions(torch.device(args.device)) as spent:
+                    found = in_turn(model, caches, text(args, cycle), {"DynamicCache": few})
+                shares.append(sum(spent) / sum(map(sum, list(found.values())[1:])))
+                for name, seconds in found.items():
+                    times.setdefault(name, []).append(statistics.fmean(seconds))
+            for name, entries in (("DynamicCache", windows * n), ("FreqKV", f"{ours().schedule.entries(n + 1)}..{n}")):
+                row = {"what": f"{windows}N tokens before", "arm": name, "windows": windows, "entries": entries,
+                       "ms_per_token": statistics.median(times[name]) * 1e3,
+                       "ratio": ratio(times, name, "DynamicCache")}  # fmt: skip
                 if name == "FreqKV":
+                    row["to_first"] = ratio(times, name, "FreqKV, 1N tokens before")
                     row["compression_share"] = statistics.median(shares)
-                yield row | {"to_first": median / first.setdefault(name, median)}
+                yield row
 
 
 @contextlib.contextmanager
@@ -440,7 +441,7 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
         caches = {"DynamicCache": dynamic(args, model, n - k, size), "FreqKV": FreqKVCache(model.config, window=n)}
         with torch.no_grad():
             model(text(args, n - k, size), past_key_values=caches["FreqKV"], logits_to_keep=1)
-        times = in_turn(model, caches, ids, args.rounds, f"batch {size}")
+        times = again_and_again(model, caches, ids, args.rounds, f"batch {size}")
         for name, seconds in times.items():
             median = statistics.median(seconds)
             yield {"what": "full window", "batch": size, "arm": name, "ms_per_token": median * 1e3,
@@ -721,7 +722,7 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
             f"FreqKV, {name}": functools.partial(Rows(args, model, ours, lengths).decode, cycle)
             for name, lengths in lengths_of(args, size).items()
         }
-        yield from where_time_goes(f"a token of {size} rows", rows, cycle, max(1, args.rounds // 3), device)
+        yield from where_time_goes(f"a token of {size} rows", rows, cycle, max(1, args.rounds // 9), device)
 
 
 def where_time_goes(

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from freqkv.analysis import Analysis, AttentionLayer, Rotary, analyse, find_model
-from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, uncompiled
+from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, dense_mask, uncompiled
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
@@ -277,15 +277,17 @@ class _Shared:
         return masks[key]
 
     def ragged_mask(
-        self, config: Any, dtype: torch.dtype, device: torch.device, part: RaggedRound, aligned: bool
+        self, config: Any, attention: str, dtype: torch.dtype, device: torch.device, part: RaggedRound, aligned: bool
     ) -> Any:
         """The same for a round of ragged rows, each of which sees its own entries."""
-        _check_mask_function(config._attn_implementation)
+        _check_mask_function(attention)
         with torch.inference_mode(False):
             entries = torch.tensor(part.cut.entries, device=device)
             inputs = torch.empty((len(part.cut.rows), part.width, 0), dtype=dtype, device=device)
             behind = _Behind(part.entries - part.width)
             slots = torch.arange(part.entries, device=device)
+            if part.width == 1 and _is_dense(attention):  # at every token: so without all that a mask could need
+                return dense_mask((slots < entries[:, None])[:, None, None], attention, dtype)
             if part.width == 1 or aligned:
                 held = slots >= part.entries - entries[:, None] if aligned else slots < entries[:, None]
                 return create_causal_mask(config, inputs, held, behind)
@@ -446,7 +448,7 @@ class _AttentionForward(_Wrapper):
                 shared_kv.keep(total, last=part is parts[-1])
             outputs.append(output)
         if cache is not None and cache.ragged is not None:
-            return _unpacked(outputs, [part.packing for part in parts if part.packing is not None], hidden_states)
+            return _unpacked(outputs, [part.packing for part in parts], hidden_states)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
@@ -484,12 +486,13 @@ class _AttentionForward(_Wrapper):
                 slots = slice(first, part.entries)
             else:
                 packing = part.packing(tokens, device)
-                if packing.empty:
-                    continue
-                take = None if packing.whole else packing.pack
+                if packing is not None:
+                    if packing.empty:
+                        continue
+                    take = packing.pack
                 aligned = _aligns(part, attention)
                 dtype = hidden_states.dtype
-                make_mask = functools.partial(self.shared.ragged_mask, config, dtype, device, part, aligned)
+                make_mask = functools.partial(self.shared.ragged_mask, config, attention, dtype, device, part, aligned)
                 # Only these make masks that are as large as they look, and a graph keeps what it was given in any case.
                 remade = len(parts) > MASKS_KEPT and _is_dense(attention) and not torch.is_grad_enabled()
                 if not remade:
@@ -1038,16 +1041,17 @@ def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int]
     return {name: taken(name, value) for name, value in kwargs.items()}
 
 
-def _unpacked(outputs: list[Any], packings: list[Packing], hidden_states: Tensor) -> Any:
+def _unpacked(outputs: list[Any], packings: list[Packing | None], hidden_states: Tensor) -> Any:
     """What the rounds returned, each token where it stood; zeros for padding."""
     if not outputs:  # nothing but padding
         return torch.zeros_like(hidden_states), None
     firsts = [output if isinstance(output, Tensor) else output[0] for output in outputs]
-    whole = [packing.whole for packing in packings] == [True]
+    whole = packings == [None]
     together = firsts[0]
     if not whole:
         together = together.new_zeros(*hidden_states.shape[:2], together.shape[-1])
         for packing, first in zip(packings, firsts, strict=True):
+            assert packing is not None  # a round that is the whole call is the only one
             packing.unpack(first, together)
     return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, whole))
 

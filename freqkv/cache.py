@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
@@ -30,7 +31,7 @@ from freqkv.ragged import RaggedCall, RaggedRound
 from freqkv.rotary import SlotRotation
 from freqkv.schedule import Schedule, Segment
 
-__all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError", "uncompiled"]
+__all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError", "dense_mask", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -128,7 +129,14 @@ class Step:
     def mask(self, window: int, attention: str, dtype: torch.dtype) -> Tensor:
         """`(1, 1, 1, window)`: all slots up to the token's own."""
         seen = (torch.arange(window, device=self.slot.device) <= self.slot)[None, None, None]
-        return seen if attention == "sdpa" else torch.zeros((), dtype=dtype).where(seen, torch.finfo(dtype).min)
+        return dense_mask(seen, attention, dtype)
+
+
+def dense_mask(seen: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """What is seen, `(batch, 1, queries, entries)` bool, as an implementation takes it that takes all of it."""
+    if ALL_MASK_ATTENTION_FUNCTIONS[attention] is sdpa_mask:
+        return seen
+    return seen.new_zeros((), dtype=dtype).where(seen, torch.finfo(dtype).min)
 
 
 class FreqKVCache(SegmentedCache):

@@ -8,6 +8,7 @@ batch of the rows that take part; what it returns goes back to where the tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,9 +35,12 @@ class RaggedCall:
         self.real = real
         self.seen = seen
         self.brings: list[int] = real.sum(1).tolist()
-        # For each row, the columns of its tokens, in order, before those of its padding.
-        self.columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
         self.rounds = [RaggedRound(self, cut) for cut in schedule.rounds(seen, self.brings)]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """For each row, the columns of its tokens, in order, before those of its padding."""
+        return torch.argsort((~self.real).to(torch.uint8), dim=1, stable=True)
 
     @property
     def after(self) -> list[int]:
@@ -54,20 +58,17 @@ class Packing:
         `(rows, 1)` and `(rows, width)`: the token at each place of the packed batch; any other token where there is none.
     real : Tensor
         `(rows, width)` bool: whether there is one.
-    whole, empty : bool
-        Whether the packed batch is the call as it is; whether it has no token at all.
+    empty : bool
+        Whether it has no token at all.
     """
 
     rows: Tensor
     columns: Tensor
     real: Tensor
-    whole: bool
     empty: bool
 
     def pack(self, value: Tensor, axis: int) -> Tensor:
         """The tokens of the round from an argument whose axis `axis` is that of tokens."""
-        if self.whole:
-            return value
         batch = 0 if axis % value.ndim == 1 or value.ndim == 4 else 1  # positions may be (axes, batch, tokens)
         moved = value.movedim((batch, axis), (0, 1))
         rows = self.rows if moved.shape[0] > 1 else torch.zeros_like(self.rows)
@@ -90,6 +91,7 @@ class RaggedRound:
         self.width = max(cut.counts)
         self.entries = max(cut.entries)
         self.everyone = len(cut.rows) == self.batch
+        self.dense = min(cut.counts) == self.width  # no row has fewer tokens than others
         self._made: dict[Any, Any] = {}
 
     @property
@@ -104,8 +106,10 @@ class RaggedRound:
                 self._made[key] = make()
         return self._made[key]
 
-    def packing(self, last: int, device: torch.device) -> Packing:
-        """Where its tokens are among the last `last` columns of the call."""
+    def packing(self, last: int, device: torch.device) -> Packing | None:
+        """Where its tokens are among the last `last` columns of the call; None where it is the call as it is."""
+        if self.everyone and self.dense and self.width == last == self.tokens:
+            return None
         return self.made(("packing", last, device), lambda: self._packing(last, device))  # type: ignore[no-any-return]
 
     def _packing(self, last: int, device: torch.device) -> Packing:
@@ -113,10 +117,7 @@ class RaggedRound:
         place, real = self._places(torch.tensor(self.cut.stops)[:, None])
         columns = self.call.columns[rows, place.clamp(min=0)] - (self.tokens - last)
         real = real & (columns >= 0)
-        columns = columns.clamp(min=0)
-        plain = self.everyone and self.width == last and bool(real.all())
-        whole = plain and torch.equal(columns, torch.arange(last).expand_as(columns))
-        return Packing(rows.to(device), columns.to(device), real.to(device), whole, not real.any())
+        return Packing(rows.to(device), columns.clamp(min=0).to(device), real.to(device), not real.any())
 
     def _places(self, stops: Tensor) -> tuple[Tensor, Tensor]:
         """`(rows, width)`: numbers that end at `stops`, right-aligned, and which of them are tokens."""
@@ -140,10 +141,12 @@ class RaggedRound:
 
         def make() -> tuple[Tensor, Tensor | None]:
             slots, real = self._places(torch.tensor(self.cut.entries)[:, None])
-            real = real[:, None].expand(-1, heads, -1)
             sequences = torch.tensor(self.cut.rows)[:, None, None] * heads + torch.arange(heads)[None, :, None]
-            to = (sequences * window + slots[:, None])[real].to(device)
-            return to, None if real.all() else real.flatten().nonzero()[:, 0].to(device)
+            to = sequences * window + slots[:, None]
+            if self.dense:
+                return to.flatten().to(device), None
+            real = real[:, None].expand(-1, heads, -1)
+            return to[real].to(device), real.flatten().nonzero()[:, 0].to(device)
 
         return self.made(("writes", heads, window, device), make)  # type: ignore[no-any-return]
 

@@ -126,7 +126,7 @@ def test_what_is_timed_again_is_the_same_work():
     plain = speed.dynamic(args, model, 60)
     ours = speed.FreqKVCache(model.config, window=64)
     model(speed.text(args, 60), past_key_values=ours)
-    times = speed.in_turn(model, {"plain": plain, "ours": ours}, speed.text(args, 4), 2, "")
+    times = speed.again_and_again(model, {"plain": plain, "ours": ours}, speed.text(args, 4), 2, "")
     assert {name: len(seconds) for name, seconds in times.items()} == {"plain": 8, "ours": 8}
     assert all(second > 0 for seconds in times.values() for second in seconds)
     assert plain.get_seq_length() == ours.tokens_seen == 60
