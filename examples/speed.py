@@ -572,7 +572,7 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def train_step(args: argparse.Namespace, name: str, tokens: int) -> dict:
-    """Seconds and peak of forward and backward: the second of two steps."""
+    """Seconds and peak of forward and backward: the median of several steps, of which the first does not count."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = make_model(args).train()
@@ -589,8 +589,8 @@ def train_step(args: argparse.Namespace, name: str, tokens: int) -> dict:
         model.zero_grad()
 
     step()
-    seconds = timed(step, torch.device(args.device))
-    return {"seconds": seconds, "peak_mb": peak(args) / 1e6, "beyond_model_mb": (peak(args) - before) / 1e6}
+    times = [timed(step, torch.device(args.device)) for _ in range(max(1, args.rounds // 2))]
+    return {"seconds": statistics.median(times), "peak_mb": peak(args) / 1e6, "beyond_model_mb": (peak(args) - before) / 1e6}
 
 
 def training(args: argparse.Namespace) -> Iterator[dict]:
@@ -718,6 +718,8 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
         }
         yield from where_time_goes(f"a prompt of {windows} windows", reading, 1, args.rounds, device)
         size = args.batches[-1]
+        if size == 1:  # nothing to be of another length
+            return
         rows: dict[str, Callable[[], Any]] = {
             f"FreqKV, {name}": functools.partial(Rows(args, model, ours, lengths).decode, cycle)
             for name, lengths in lengths_of(args, size).items()

@@ -91,7 +91,7 @@ class RaggedRound:
         self.width = max(cut.counts)
         self.entries = max(cut.entries)
         self.everyone = len(cut.rows) == self.batch
-        self.dense = min(cut.counts) == self.width  # no row has fewer tokens than others
+        self.even = min(cut.counts) == self.width  # no row brings fewer tokens than another
         self._made: dict[Any, Any] = {}
 
     @property
@@ -108,7 +108,7 @@ class RaggedRound:
 
     def packing(self, last: int, device: torch.device) -> Packing | None:
         """Where its tokens are among the last `last` columns of the call; None where it is the call as it is."""
-        if self.everyone and self.dense and self.width == last == self.tokens:
+        if self.everyone and self.even and self.width == last == self.tokens:
             return None
         return self.made(("packing", last, device), lambda: self._packing(last, device))  # type: ignore[no-any-return]
 
@@ -143,7 +143,7 @@ class RaggedRound:
             slots, real = self._places(torch.tensor(self.cut.entries)[:, None])
             sequences = torch.tensor(self.cut.rows)[:, None, None] * heads + torch.arange(heads)[None, :, None]
             to = sequences * window + slots[:, None]
-            if self.dense:
+            if self.even:
                 return to.flatten().to(device), None
             real = real[:, None].expand(-1, heads, -1)
             return to[real].to(device), real.flatten().nonzero()[:, 0].to(device)
