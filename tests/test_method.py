@@ -300,8 +300,8 @@ def test_compressors_run_on_the_same_schedule():
     assert not torch.allclose(pooled[:, 60:], logits[:, 60:], atol=1e-2)
 
 
-def test_a_compressor_may_return_views_of_the_buffer():
-    """Of what it keeps, more than half: entries move over each other."""
+def test_more_than_half_may_be_kept():
+    """Entries then move over places that others leave."""
     config = FreqKVConfig(29, 3, 0.8, 0)
     model = tiny_llama(attention="sdpa")
     ids = tokens(120)
