@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 # Of the window: rows of one token beside rows of ten windows.
 LENGTHS = (0.0, 0.1, 0.5, 0.99, 1.0, 1.5, 3.0, 10.0)
@@ -47,14 +48,14 @@ def main() -> None:
 
     started = time.perf_counter()
     cache = FreqKVCache(model.config, config)
-    together = model.generate(batch, attention_mask=mask, past_key_values=cache, **options)[:, longest:]
+    together = model.generate(batch, attention_mask=mask, **{CACHE: cache}, **options)[:, longest:]
     seconds = time.perf_counter() - started
     print(cache)
 
     started = time.perf_counter()
     alone = []
     for row in tqdm(rows, "alone", unit="row"):
-        one = model.generate(row[None], past_key_values=FreqKVCache(model.config, config), **options)
+        one = model.generate(row[None], **{CACHE: FreqKVCache(model.config, config)}, **options)
         alone.append(one[0, len(row) :])
     one_by_one = time.perf_counter() - started
 

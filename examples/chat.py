@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 import freqkv
 from freqkv import CacheFileError, FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 COMMANDS = "/save [FILE], /load [FILE], /reset, /memory, /quit; Ctrl-C ends an answer"
 ABOUT_SHIPPED = (
@@ -112,7 +113,7 @@ class Chat:
         *pieces, last = self._turn(said).split(PIECE, dim=1)
         with self.stop:
             for piece in pieces:
-                self.model(piece, past_key_values=self.cache, logits_to_keep=1)
+                self.model(piece, **{CACHE: self.cache}, logits_to_keep=1)
                 if self.stop.asked:
                     print("[stopped before the end of the message]")
                     return
@@ -121,7 +122,7 @@ class Chat:
             tokens = self.model.generate(
                 last,
                 attention_mask=last.new_ones(1, before + last.shape[1]),
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=[self.stop],
                 **self.sampling,
@@ -131,7 +132,7 @@ class Chat:
             if unread[0, -1].item() in self.ends:
                 unread = unread[:, :-1]
             if unread.shape[1]:
-                self.model(unread, past_key_values=self.cache, logits_to_keep=1)
+                self.model(unread, **{CACHE: self.cache}, logits_to_keep=1)
             if self.stop.asked:
                 print("[stopped]")
 

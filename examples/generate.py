@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TextStreamer, set_seed
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,7 +69,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: FreqKVCache) -> fl
     with torch.no_grad(), tqdm(total=tokens, desc="prefill", unit="token", disable=len(pieces) < 2) as bar:
         for piece in pieces:
             if piece.shape[1]:
-                model(piece, past_key_values=cache, logits_to_keep=1)
+                model(piece, **{CACHE: cache}, logits_to_keep=1)
                 bar.update(piece.shape[1])
     return tokens / (time.perf_counter() - started)
 
@@ -137,7 +138,7 @@ def main() -> None:
     def generate(ids: torch.Tensor, **options) -> torch.Tensor:
         mask = torch.ones_like(ids)
         return model.generate(
-            ids, attention_mask=mask, past_key_values=cache, streamer=streamer, max_new_tokens=new_tokens,
+            ids, attention_mask=mask, **{CACHE: cache}, streamer=streamer, max_new_tokens=new_tokens,
             **sampling, **options,
         )  # fmt: skip
 

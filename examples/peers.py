@@ -16,6 +16,7 @@ import argparse
 import csv
 import functools
 import importlib.util
+import inspect
 import itertools
 import math
 import os
@@ -180,15 +181,18 @@ def cache_bytes(cache: Any) -> int:
 @torch.no_grad()
 def measure(arm: Arm, model: nn.Module, ids: Tensor, prompt: int) -> dict[str, Any]:
     cache, losses = arm.make(prompt), []
+    # Not freqkv's own constant: kvpress asks for a transformers that FreqKV does not serve.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    call = {name: cache}
     with arm.around(model, prompt):
         started = time.perf_counter()
-        logits = model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids[:, :prompt], **call, logits_to_keep=1).logits
         read = time.perf_counter()
         for position in range(prompt, ids.shape[1]):
             losses.append(nn.functional.cross_entropy(logits[:, -1].float(), ids[:, position]).item())
             token = ids[:, position : position + 1]
             # Positions are those of the text: caches that drop entries would count what is left.
-            logits = model(token, past_key_values=cache, position_ids=torch.tensor([[position]])).logits
+            logits = model(token, **call, position_ids=torch.tensor([[position]])).logits
         done = time.perf_counter()
     return {
         "prefill_s": read - started,

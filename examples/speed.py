@@ -42,6 +42,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.layer import FreqKVLayer
+from freqkv.upstream import CACHE
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 SHAPES = {
@@ -195,7 +196,7 @@ def decode_tokens(model: PreTrainedModel, cache: Any, ids: Tensor, **inputs: Ten
     """Seconds for `ids`, one at a time."""
     started = clock(ids.device)
     for index in range(ids.shape[1]):
-        model(ids[:, index : index + 1], past_key_values=cache, **inputs)
+        model(ids[:, index : index + 1], **{CACHE: cache}, **inputs)
     return clock(ids.device) - started
 
 
@@ -258,7 +259,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
         for what, entries in (("full window", n - k), ("nothing cached", 1)):
             caches = {"DynamicCache": plain(), "FreqKV": ours()}
             for each in caches.values():
-                model(text(args, entries), past_key_values=each, logits_to_keep=1)
+                model(text(args, entries), **{CACHE: each}, logits_to_keep=1)
             times = again_and_again(model, caches, ids, args.rounds, what)
             for name, seconds in times.items():
                 pairs = zip(seconds, times["DynamicCache"], strict=True)
@@ -270,11 +271,11 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
                 }  # fmt: skip
         cycle = FreqKVConfig(n).resolve(model.config).schedule.step
         stream, first = ours(), ours()
-        model(text(args, n), past_key_values=first, logits_to_keep=1)
+        model(text(args, n), **{CACHE: first}, logits_to_keep=1)
         few = max(1, k // 4)
         for windows in args.lengths or (1, 2, 4, 8, 16, 32, 64):
             while stream.tokens_seen < windows * n:
-                model(text(args, min(n, windows * n - stream.tokens_seen)), past_key_values=stream, logits_to_keep=1)
+                model(text(args, min(n, windows * n - stream.tokens_seen)), **{CACHE: stream}, logits_to_keep=1)
             grown = dynamic(args, model, windows * n)
             times, shares = {}, []
             for _ in tqdm(range(max(1, args.rounds // 3)), desc=f"{windows} windows", leave=False, unit="round"):
@@ -326,7 +327,7 @@ def prefill(args: argparse.Namespace) -> Iterator[dict]:
         def chunks() -> None:
             cache = make()
             for part in ids.split(chunk or tokens, dim=1):
-                model(part, past_key_values=cache, logits_to_keep=1)
+                model(part, **{CACHE: cache}, logits_to_keep=1)
 
         return timed(chunks, device)
 
@@ -439,7 +440,7 @@ def batch(args: argparse.Namespace) -> Iterator[dict]:
         ids = text(args, k, size)
         caches = {"DynamicCache": dynamic(args, model, n - k, size), "FreqKV": FreqKVCache(model.config, window=n)}
         with torch.no_grad():
-            model(text(args, n - k, size), past_key_values=caches["FreqKV"], logits_to_keep=1)
+            model(text(args, n - k, size), **{CACHE: caches["FreqKV"]}, logits_to_keep=1)
         times = again_and_again(model, caches, ids, args.rounds, f"batch {size}")
         for name, seconds in times.items():
             median = statistics.median(seconds)
@@ -457,7 +458,7 @@ class Rows:
         longest = max(lengths)
         self.mask = torch.tensor([[0] * (longest - m) + [1] * m for m in lengths], device=args.device)
         ids = text(args, longest, len(lengths))
-        model(ids, attention_mask=self.mask, past_key_values=self.cache, logits_to_keep=1)
+        model(ids, attention_mask=self.mask, **{CACHE: self.cache}, logits_to_keep=1)
 
     @torch.no_grad()
     def decode(self, tokens: int) -> float:
@@ -535,7 +536,7 @@ def read_prompt(args: argparse.Namespace, name: str, tokens: int) -> dict:
     cache = FreqKVCache(model.config, window=args.window) if name == "FreqKV" else DynamicCache(config=model.config)
     model.generate(
         text(args, tokens), attention_mask=torch.ones(1, tokens, dtype=torch.long, device=args.device),
-        past_key_values=cache, prefill_chunk_size=args.window, max_new_tokens=2, do_sample=False,
+        **{CACHE: cache}, prefill_chunk_size=args.window, max_new_tokens=2, do_sample=False,
     )  # fmt: skip
     return {
         "peak_mb": peak(args) / 1e6,
@@ -616,13 +617,13 @@ def outside_the_graph(model: PreTrainedModel, step: Callable[..., Any], cache: F
     other, spent = copy.deepcopy(cache), 0.0
     with counting_compressions(ids.device) as folding:
         for index in range(ids.shape[1]):
-            inputs = {"input_ids": ids[:, index : index + 1], "past_key_values": other}
+            inputs = {"input_ids": ids[:, index : index + 1], CACHE: other}
             started, before = clock(ids.device), len(folding)
             if not model.forward._begins_step(inputs, other):
                 raise RuntimeError("this token is not one for a graph")
             other.end_step()
             spent += clock(ids.device) - started - sum(folding[before:])
-            step(inputs["input_ids"], past_key_values=cache)
+            step(inputs["input_ids"], **{CACHE: cache})
     return spent
 
 
@@ -643,13 +644,13 @@ def compiled(args: argparse.Namespace) -> Iterator[dict]:
             with torch.no_grad():
                 if not state or isinstance(state["cache"], DynamicCache):
                     state["cache"] = make()
-                    model(text(args, n - new - 1), past_key_values=state["cache"], logits_to_keep=1)
+                    model(text(args, n - new - 1), **{CACHE: state["cache"]}, logits_to_keep=1)
                 elif isinstance(state["cache"], StaticCache):  # begin again, in the same buffers
                     state["cache"].reset()
-                    model(text(args, n - new - 1), past_key_values=state["cache"], logits_to_keep=1)
+                    model(text(args, n - new - 1), **{CACHE: state["cache"]}, logits_to_keep=1)
                 started = clock(device)
                 for index in range(new):
-                    call(ids[:, index : index + 1], past_key_values=state["cache"])
+                    call(ids[:, index : index + 1], **{CACHE: state["cache"]})
                 return clock(device) - started
 
         return arm
@@ -670,7 +671,7 @@ def compiled(args: argparse.Namespace) -> Iterator[dict]:
     made = graphs["unique_graphs"] - before
     cache = ours(static=True)
     with torch.no_grad():
-        model(text(args, n - 1), past_key_values=cache, logits_to_keep=1)
+        model(text(args, n - 1), **{CACHE: cache}, logits_to_keep=1)
         outside = outside_the_graph(model, step, cache, text(args, k))
     for name, seconds in times.items():
         row = {"arm": name, "entries": n, "ms_per_token": statistics.median(seconds) / k * 1e3,
@@ -696,7 +697,7 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
         for what, entries in (("a token, nothing cached", 1), ("a token, full window", n - k)):
             cache, plain = ours(), theirs()
             for each in (cache, plain):
-                model(text(args, entries), past_key_values=each, logits_to_keep=1)
+                model(text(args, entries), **{CACHE: each}, logits_to_keep=1)
             decoding: dict[str, Callable[[], Any]] = {
                 "DynamicCache": functools.partial(decode_and_rewind, model, plain, ids),
                 "FreqKV": functools.partial(decode_and_rewind, model, cache, ids),
@@ -705,7 +706,7 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
 
         def prompts(make: Callable[[], Any], times: int, windows: int) -> None:
             for _ in range(times):
-                model(text(args, windows * n), past_key_values=make(), logits_to_keep=1)
+                model(text(args, windows * n), **{CACHE: make()}, logits_to_keep=1)
 
         reading: dict[str, Callable[[], Any]] = {
             f"DynamicCache, {windows} prompts of N": functools.partial(prompts, theirs, windows, 1),

@@ -20,17 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from freqkv.cache import Everywhere, FreqKVCache, UnsupportedModelError
 from freqkv.config import FreqKVConfig
 from freqkv.families import FamilyRule, rule_for
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
+from freqkv.upstream import (
+    ATTENTION_CACHE_NAMES,
+    SINUSOIDS,
+    Cache,
+    LinearAttentionAndFullAttentionLayer,
+    cache_name,
+    frequencies,
+    missing,
+    outdated,
+)
 
 __all__ = ["Analysis", "AttentionLayer", "Support", "analyse", "supported"]
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 # A module that serves several cache layers is told which by one of these.
 INDEX_ARGUMENTS = ("layer_idx", "cycle_offset")
 # Far apart, so that channels that turn slowly show, and no multiple of each other.
@@ -60,8 +68,7 @@ class Rotary:
         if isinstance(source, Tensor):
             return source
         if source not in self._frequencies:
-            found = (name for name, _ in source.named_buffers() if name.endswith("inv_freq"))
-            self._frequencies[source] = next(found, None)
+            self._frequencies[source] = frequencies(source)
         name = self._frequencies[source]
         return source if name is None else operator.attrgetter(name)(source)
 
@@ -174,6 +181,8 @@ class _Analyst:
 
     def analysis(self) -> Analysis:
         config = self.model.config
+        if lacks := missing():
+            raise UnsupportedModelError(outdated(lacks))
         if getattr(config, "is_encoder_decoder", False):
             raise self.refuse(
                 "is an encoder-decoder; FreqKV compresses the cache of decoder-only models",
@@ -258,7 +267,7 @@ class _Analyst:
             name=name,
             module=module,
             layer_idx=index,
-            cache_argument=next(p for p in CACHE_ARGUMENTS if p in parameters),
+            cache_argument=cache_name(parameters, ATTENTION_CACHE_NAMES) or "",
             positions=positions,
             reads_shared=reads_shared,
             hybrid=not reads_shared and isinstance(cache.layers[index], FreqKVHybridLayer),
@@ -291,7 +300,7 @@ class _Analyst:
         """The nearest rotary module, in the attention module or in what is around it."""
         for owner in (module, *_around(self.model, name)):
             if _has_sinusoids(owner) and "position_ids" in _parameters(module):
-                return Rotary(owner, "embed_positions")
+                return Rotary(owner, SINUSOIDS)
             for child_name, child in owner.named_children():
                 if _is_rotary(child):
                     types = getattr(self.text_config, "layer_types", None)
@@ -432,7 +441,7 @@ def _is_attention(module: nn.Module) -> bool:
     return (
         "hidden_states" in parameters
         and "attention_mask" in parameters
-        and any(name in parameters for name in CACHE_ARGUMENTS)
+        and cache_name(parameters, ATTENTION_CACHE_NAMES) is not None
         and (isinstance(getattr(module, "layer_idx", None), int) or "layer_idx" in parameters)
         and not any(_is_attention(child) for child in module.modules() if child is not module)
     )
@@ -440,18 +449,15 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _is_decoder(module: nn.Module) -> bool:
     parameters = _parameters(module)
-    return "input_ids" in parameters and any(name in parameters for name in CACHE_ARGUMENTS)
+    return "input_ids" in parameters and cache_name(parameters) is not None
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    return (
-        any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-        and "position_ids" in inspect.signature(module.forward).parameters
-    )
+    return frequencies(module) is not None and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _has_sinusoids(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "embed_positions", None), Tensor)
+    return isinstance(getattr(module, SINUSOIDS, None), Tensor)
 
 
 def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from freqkv.analysis import Analysis, AttentionLayer, Rotary, analyse, find_model
 from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, dense_mask, uncompiled
@@ -31,6 +29,19 @@ from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import Packing, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Schedule, Segment
+from freqkv.upstream import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    CACHE,
+    PREPARE_CACHE,
+    PREPARE_INPUTS,
+    GenerationMixin,
+    cache_name,
+    cache_of,
+    causal_mask,
+    eager_mask,
+    renamed,
+    sdpa_mask,
+)
 
 __all__ = ["Patch", "patch", "unpatch"]
 
@@ -263,14 +274,9 @@ class _Shared:
         if key not in masks:
             _check_mask_function(attention)
             with torch.inference_mode(False):
-                mask = create_causal_mask(
-                    config,
-                    torch.empty((1, tokens, 0), dtype=dtype, device=device),
-                    None,
-                    _Behind(held),
-                    # Own functions are taken to ask for more than a causal mask, so that none is skipped.
-                    and_mask_function=_everything if always else None,
-                )
+                inputs = torch.empty((1, tokens, 0), dtype=dtype, device=device)
+                # A further condition is taken to ask for more than a causal mask, so that none is skipped.
+                mask = causal_mask(config, inputs, None, _Behind(held), _everything if always else None)
             self._masks = masks = {**(masks if len(masks) < MASKS_KEPT else {}), key: mask}
             if tokens == 1 and mask is None:
                 self._see_all = self._see_all | {attention}
@@ -290,7 +296,7 @@ class _Shared:
                 return dense_mask((slots < entries[:, None])[:, None, None], attention, dtype)
             if part.width == 1 or aligned:
                 held = slots >= part.entries - entries[:, None] if aligned else slots < entries[:, None]
-                return create_causal_mask(config, inputs, held, behind)
+                return causal_mask(config, inputs, held, behind)
             # Queries are right-aligned, entries are not. Where there is no token, something must be seen all the same.
             queries = torch.arange(behind.held, part.entries, device=device)[:, None]
             seen = (slots <= queries + (entries - part.entries)[:, None, None]) | (slots == 0)  # rows, queries, entries
@@ -298,7 +304,7 @@ class _Shared:
             def own(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
                 return seen[batch_idx, q_idx - behind.held, kv_idx]
 
-            return create_causal_mask(config, inputs, None, behind, and_mask_function=own)
+            return causal_mask(config, inputs, None, behind, own)
 
     def new_cache(self) -> FreqKVCache:
         """A cache of the numbers for calls that bring none."""
@@ -332,7 +338,7 @@ def _everything(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tens
 
 
 class _Behind:
-    """Tells `create_causal_mask` that the queries stand behind `held` entries."""
+    """Tells `causal_mask` that the queries stand behind `held` entries."""
 
     is_compileable = False
 
@@ -355,6 +361,7 @@ class _Wrapper:
         self.replaced = owner.__dict__.get(name)
         self.original: Callable[..., Any] = getattr(owner, name)
         self.parameters = list(inspect.signature(self.original).parameters)
+        self.cache_name = cache_name(self.parameters) or CACHE
         self.__wrapped__ = self.original  # what inspect.signature reads
         self.__name__ = name
 
@@ -597,8 +604,9 @@ class _ModelForward(_Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self.named(args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if isinstance(cache, FreqKVCache):
+            kwargs = renamed(kwargs, self.cache_name)
             if cache.stepping is not None and cache.stepping is not self:  # the model around this one began it
                 return self._step(kwargs, cache)
             if cache.static:
@@ -660,7 +668,7 @@ class _ModelForward(_Wrapper):
         return self._called(kwargs)
 
     def _called(self, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if self._outer() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
             return self.original(**kwargs)
         if isinstance(cache, FreqKVCache):
@@ -736,19 +744,19 @@ class _DecoderForward(_ModelForward):
         return self.original(**{**kwargs, "attention_mask": mask})
 
     def _called(self, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if self._makes_one(cache):
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
                 use_cache = getattr(self.shared.model_config, "use_cache", True)
             if use_cache and not self.module.training:  # training has no use for one
                 cache = self.shared.new_cache()
-            kwargs = {**kwargs, "past_key_values": cache, "use_cache": cache is not None}
+            kwargs = {**renamed(kwargs, self.cache_name), self.cache_name: cache, "use_cache": cache is not None}
         elif not isinstance(cache, FreqKVCache):
             if self.shared.config is not None and not self.shared.makes_all_masks and self._drops_caches():
                 raise ValueError(
-                    f"past_key_values is a {type(cache).__name__}, which gradient checkpointing drops on the way to attention "
-                    "layers, so that they could not tell that it was there. Pass no cache in training"
+                    f"{self.cache_name} is a {type(cache).__name__}, which gradient checkpointing drops on the way to "
+                    "attention layers, so that they could not tell that it was there. Pass no cache in training"
                 )
             return self.original(**kwargs)
         elif self._drops_caches():
@@ -945,18 +953,18 @@ class _PrepareCacheForGeneration(_Wrapper):
     """With numbers, `generate` gets a FreqKVCache where it would have made a DynamicCache."""
 
     def __init__(self, model: PreTrainedModel, shared: _Shared) -> None:
-        super().__init__(model, "_prepare_cache_for_generation", shared)
+        super().__init__(model, PREPARE_CACHE, shared)
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (
             self.shared.config is not None
-            and model_kwargs.get("past_key_values") is None
+            and cache_of(model_kwargs) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
         ):
-            model_kwargs["past_key_values"] = self.shared.new_cache()
+            cache = model_kwargs[CACHE] = self.shared.new_cache()
             if generation_config.is_assistant:  # its drafts may be rejected
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
         return self.original(generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -964,16 +972,17 @@ class _PrepareInputsForGeneration(_Wrapper):
     """Phi-3 drops its cache where a text grows to the length from which its frequencies change; those of slots do not."""
 
     def __init__(self, model: PreTrainedModel, shared: _Shared) -> None:
-        super().__init__(model, "prepare_inputs_for_generation", shared)
+        super().__init__(model, PREPARE_INPUTS, shared)
         self.model = model
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if isinstance(cache, FreqKVCache):
+            kwargs = renamed(kwargs, self.cache_name)
             cache.check_usable()  # before its lengths are looked at
         with cache.preparing() if isinstance(cache, FreqKVCache) else nullcontext():
             inputs = self.original(input_ids, *args, **kwargs)
-        if isinstance(cache, FreqKVCache) and inputs.get("past_key_values") is not cache:
+        if isinstance(cache, FreqKVCache) and cache_of(inputs) is not cache:
             inputs = GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
         if isinstance(cache, FreqKVCache):
             _check_continues(inputs, cache.get_seq_length())
@@ -1101,8 +1110,8 @@ def _wrap(model: nn.Module, shared: _Shared) -> None:
         if module in inside and (module, "forward") not in wrapped:
             module.__dict__["forward"] = _ModelForward(module, shared)
     for kind, name in (
-        (_PrepareCacheForGeneration, "_prepare_cache_for_generation"),
-        (_PrepareInputsForGeneration, "prepare_inputs_for_generation"),
+        (_PrepareCacheForGeneration, PREPARE_CACHE),
+        (_PrepareInputsForGeneration, PREPARE_INPUTS),
     ):
         for module in inside:
             if isinstance(module, GenerationMixin) and (module, name) not in wrapped:

@@ -14,14 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-)
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
@@ -30,6 +22,15 @@ from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import RaggedCall, RaggedRound
 from freqkv.rotary import SlotRotation
 from freqkv.schedule import Schedule, Segment
+from freqkv.upstream import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    sdpa_mask,
+)
 
 __all__ = ["FreqKVCache", "SegmentedCache", "UnsupportedModelError", "dense_mask", "uncompiled"]
 
@@ -176,7 +177,7 @@ class FreqKVCache(SegmentedCache):
     --------
     >>> freqkv.patch(model)
     >>> cache = FreqKVCache(model.config, window=4096)
-    >>> model.generate(**inputs, past_key_values=cache, max_new_tokens=20_000)
+    >>> model.generate(**inputs, cache=cache, max_new_tokens=20_000)  # transformers before 5.24: past_key_values=cache
     """
 
     layers: list[Any]

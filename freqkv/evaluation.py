@@ -1,6 +1,6 @@
 """Measures of a causal language model: bits per byte by position, and recall of a fact by its distance.
 
-Any cache that the model accepts as ``past_key_values`` can be measured, or none at all.
+Any cache that the model accepts can be measured, or none at all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import LongTensor, Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from freqkv.upstream import CACHE
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def token_losses(
         else:
             for start in range(0, inputs.shape[1], chunk_size):
                 chunk = slice(start, start + chunk_size)
-                logits = model(input_ids=inputs[:, chunk], past_key_values=past_key_values, use_cache=True).logits
+                logits = model(input_ids=inputs[:, chunk], **{CACHE: past_key_values}, use_cache=True).logits
                 losses.append(_cross_entropy(logits, targets[:, chunk]))
     return torch.cat(losses, dim=1)
 
@@ -310,9 +312,7 @@ def _answered(
             logits = model(input_ids=inputs, use_cache=False).logits[:, prompts.shape[1] - 1 :]
         else:
             parts = [*torch.split(prompts, chunk_size, 1), *torch.split(answers, 1, 1)[:-1]]
-            outputs = [
-                model(input_ids=p, past_key_values=cache, use_cache=True).logits[:, -1:] for p in parts if p.numel()
-            ]
+            outputs = [model(input_ids=p, **{CACHE: cache}, use_cache=True).logits[:, -1:] for p in parts if p.numel()]
             logits = torch.cat(outputs[-answers.shape[1] :], dim=1)
     answered: list[bool] = (logits.argmax(-1) == answers).all(dim=1).tolist()
     return answered

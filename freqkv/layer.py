@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from freqkv.compressors import Compressor, compressor_name
 from freqkv.config import FreqKVConfig
@@ -21,6 +20,7 @@ from freqkv.ragged import RaggedRound
 from freqkv.rotary import SlotRotation
 from freqkv.schedule import Fold, Segment
 from freqkv.transform import compute_dtype, full_precision
+from freqkv.upstream import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 __all__ = ["Entering", "FreqKVHybridLayer", "FreqKVLayer"]
 
@@ -82,6 +82,7 @@ class FreqKVLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True  # once past recording is activated, which whoever asks does; else `crop` raises
     keys: Tensor | None
     values: Tensor | None
 
@@ -512,7 +513,7 @@ class FreqKVLayer(CacheLayerMixin):
         return f"{type(self).__name__}({self.entries}/{self.schedule.window} entries, {self.seen} tokens seen)"
 
 
-class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):
+class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, valid-type]
     """The entries of a layer that also has a convolution or recurrent state, which is transformers' own."""
 
     def __init__(
@@ -527,6 +528,11 @@ class FreqKVHybridLayer(FreqKVLayer, LinearAttentionAndFullAttentionLayer):
             FreqKVLayer.lazy_initialization(self, *args)
         else:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether its convolution state can go back; a recurrent state cannot."""
+        return LinearAttentionLayer.is_croppable.fget(self)  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)

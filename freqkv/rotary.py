@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqkv.transform import compute_dtype
+from freqkv.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
 
 __all__ = ["KeyRotation", "SlotRotation", "SlotTable", "find_rotation", "slot_table"]
 
@@ -63,8 +64,8 @@ class SlotTable:
     Attributes
     ----------
     native : Tensor or tuple of Tensor
-        As the module returns it and attention layers take it: `(cos, sin)` of `(..., n, width)` float32, or one complex
-        tensor. Attention scaling (yarn, longrope) is part of it.
+        As the module returns it and attention layers take it: `(cos, sin)` (GPT-J: `(sin, cos)`) of `(..., n, width)`
+        float32, or one complex tensor. Attention scaling (yarn, longrope) is part of it.
     cos, sin : Tensor
         One column a pair of channels, `(n, pairs)` float32, of the same scale.
     """
@@ -131,10 +132,13 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
         rotary = copy.deepcopy(rotary)
         pristine: Any = rotary
         for name, original in list(rotary.named_buffers()):
-            if name.endswith("original_inv_freq"):  # undo what longer inputs made of the frequencies
-                prefix = name.removesuffix("original_inv_freq")
-                setattr(pristine, f"{prefix}inv_freq", original.clone())
+            if name.endswith(ORIGINAL_FREQUENCIES):  # undo what longer inputs made of the frequencies
+                prefix = name.removesuffix(ORIGINAL_FREQUENCIES)
+                setattr(pristine, f"{prefix}{FREQUENCIES}", original.clone())
                 setattr(pristine, f"{prefix}max_seq_len_cached", pristine.original_max_seq_len)
+        for name, buffer in rotary.named_buffers():
+            if name.endswith(SINUSOIDS):
+                _check_rows(buffer, slots)
         origin = next((b.device for b in rotary.buffers()), device)
         positions = torch.arange(slots, device=origin)[None]
         if hasattr(rotary, "mrope_section"):  # text stands at the same position on all three axes
@@ -150,8 +154,10 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
                 )
             rows = native.flatten(0, -3)[0]
             return SlotTable(native, rows.real.float().contiguous(), rows.imag.float().contiguous())
-        cos, sin = (t.to(device) for t in native)
-        return SlotTable((cos, sin), *_one_column_a_pair(*(t.flatten(0, -3)[0].float() for t in (cos, sin))))
+        native = tuple(t.to(device) for t in native)
+        rows = tuple(t.flatten(0, -3)[0].float() for t in native)
+        cos, sin = rows if rows[0][0].any() else reversed(rows)  # slot 0 turns nothing: what is zero there is the sine
+        return SlotTable(native, *_one_column_a_pair(cos, sin))
 
 
 def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTable:
@@ -162,11 +168,15 @@ def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTabl
     ValueError
         If it has fewer than `slots` rows.
     """
-    if buffer.shape[0] < slots:
-        raise ValueError(f"the model has positions for {buffer.shape[0]} slots only: window={slots} must not be larger")
+    _check_rows(buffer, slots)
     with torch.inference_mode(False):
         sin, cos = buffer[:slots].to(device).float().clone().chunk(2, dim=-1)
     return SlotTable(None, cos, sin)
+
+
+def _check_rows(buffer: Tensor, slots: int) -> None:
+    if buffer.shape[0] < slots:
+        raise ValueError(f"the model has positions for {buffer.shape[0]} slots only: window={slots} must not be larger")
 
 
 def _one_column_a_pair(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

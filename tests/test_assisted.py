@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 N = 23
@@ -80,9 +81,9 @@ def test_an_assistant_changes_no_token(prompt, length, noise, window, recent):
     assume(length <= config.schedule.step)
     ids = tokens(prompt)
     options = {"max_new_tokens": 2 * window, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=FreqKVCache(MODEL.config, config), **options)
+    expected = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, config)}, **options)
     cache = FreqKVCache(MODEL.config, config)
-    output = MODEL.generate(ids, past_key_values=cache, assistant_model=with_length(DRAFTS[noise], length), **options)
+    output = MODEL.generate(ids, **{CACHE: cache}, assistant_model=with_length(DRAFTS[noise], length), **options)
     assert torch.equal(output, expected)
     assert cache.tokens_seen == output.shape[1] - 1
     assert cache.entries <= window
@@ -95,9 +96,7 @@ def test_drafts_are_accepted_and_rejected():
         with count_forwards(MODEL) as count:
             cache = FreqKVCache(MODEL.config, CONFIG)
             assistant = with_length(DRAFTS[noise], 5)
-            MODEL.generate(
-                tokens(N), past_key_values=cache, assistant_model=assistant, max_new_tokens=60, do_sample=False
-            )
+            MODEL.generate(tokens(N), **{CACHE: cache}, assistant_model=assistant, max_new_tokens=60, do_sample=False)
         forwards.append(len(count))
     assert 10 < min(forwards) < 55 < max(forwards) <= 60, forwards
 
@@ -106,9 +105,9 @@ def test_an_assistant_whose_drafts_grow():
     """The default schedule: two tokens more after each draft that was right."""
     assistant = with_length(DRAFTS[0.1], 4, "heuristic")
     ids, options = tokens(40), {"max_new_tokens": 150, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=FreqKVCache(MODEL.config, window=64), **options)
+    expected = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, window=64)}, **options)
     cache = FreqKVCache(MODEL.config, window=64)
-    assert torch.equal(MODEL.generate(ids, past_key_values=cache, assistant_model=assistant, **options), expected)
+    assert torch.equal(MODEL.generate(ids, **{CACHE: cache}, assistant_model=assistant, **options), expected)
     assert cache.compressions == 5
 
 
@@ -117,22 +116,20 @@ def test_drafts_longer_than_the_tokens_between_two_compressions_say_so():
     assistant = with_length(DRAFTS[1.0], STEP + 5)
     cache = FreqKVCache(MODEL.config, CONFIG)
     with pytest.raises(RuntimeError, match="Of drafts, num_assistant_tokens"):
-        MODEL.generate(
-            tokens(40), past_key_values=cache, assistant_model=assistant, max_new_tokens=3 * N, do_sample=False
-        )
+        MODEL.generate(tokens(40), **{CACHE: cache}, assistant_model=assistant, max_new_tokens=3 * N, do_sample=False)
 
 
 @pytest.mark.parametrize("length", [3, 6, 9])
 def test_prompt_lookup(length):
     ids = tokens(13).repeat(1, 4)
     options = {"max_new_tokens": 3 * N, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=FreqKVCache(MODEL.config, CONFIG), **options)
+    expected = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, **options)
     cache = FreqKVCache(MODEL.config, CONFIG)
-    output = MODEL.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=length, **options)
+    output = MODEL.generate(ids, **{CACHE: cache}, prompt_lookup_num_tokens=length, **options)
     assert torch.equal(output, expected)
     more = torch.cat([output, tokens(5, seed=4)], 1)
-    expected = MODEL.generate(more, past_key_values=FreqKVCache(MODEL.config, CONFIG), **options)
-    assert torch.equal(MODEL.generate(more, past_key_values=cache, **options), expected), "the conversation goes on"
+    expected = MODEL.generate(more, **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, **options)
+    assert torch.equal(MODEL.generate(more, **{CACHE: cache}, **options), expected), "the conversation goes on"
 
 
 def test_what_is_sampled_was_scored_as_the_text_alone_is():
@@ -141,10 +138,10 @@ def test_what_is_sampled_was_scored_as_the_text_alone_is():
     cache = FreqKVCache(MODEL.config, CONFIG)
     assistant = with_length(DRAFTS[0.1], 5)
     with count_forwards(MODEL) as count:
-        output = MODEL.generate(tokens(N), past_key_values=cache, assistant_model=assistant, **options)
+        output = MODEL.generate(tokens(N), **{CACHE: cache}, assistant_model=assistant, **options)
     assert 2 * N / 6 <= len(count) < 2 * N
     with torch.no_grad():
-        alone = MODEL(output.sequences[:, :-1], past_key_values=FreqKVCache(MODEL.config, CONFIG)).logits
+        alone = MODEL(output.sequences[:, :-1], **{CACHE: FreqKVCache(MODEL.config, CONFIG)}).logits
     assert torch.allclose(torch.cat(output.logits), alone[0, N - 1 :], atol=1e-4)
 
 
@@ -154,7 +151,7 @@ def test_families(family):
     freqkv.patch(model)
     ids = tokens(9).clamp(3, 99).repeat(1, 4)
     options = {"max_new_tokens": 2 * N, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    expected = model.generate(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     for assistant in (
         {"prompt_lookup_num_tokens": 5},
         {"assistant_model": draft(0.1, length=5, target=model)},
@@ -162,18 +159,16 @@ def test_families(family):
         if "assistant_model" in assistant and family == "gemma3_text" and TRANSFORMERS < (5, 23):
             continue  # older versions of transformers cannot run a draft model with sliding layers, with any cache
         cache = FreqKVCache(model.config, CONFIG)
-        assert torch.equal(model.generate(ids, past_key_values=cache, **assistant, **options), expected)
+        assert torch.equal(model.generate(ids, **{CACHE: cache}, **assistant, **options), expected)
 
 
 def test_a_single_row_with_padding():
     ids, mask = padded([tokens(9)[0], tokens(14)[0]])
     options = {"max_new_tokens": 2 * N, "do_sample": False}
-    expected = MODEL.generate(tokens(9), past_key_values=FreqKVCache(MODEL.config, CONFIG), **options)
+    expected = MODEL.generate(tokens(9), **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, **options)
     cache = FreqKVCache(MODEL.config, CONFIG)
     assistant = with_length(DRAFTS[1.0], 5)
-    output = MODEL.generate(
-        ids[:1], attention_mask=mask[:1], past_key_values=cache, assistant_model=assistant, **options
-    )
+    output = MODEL.generate(ids[:1], attention_mask=mask[:1], **{CACHE: cache}, assistant_model=assistant, **options)
     assert torch.equal(output[:, 14:], expected[:, 9:])
 
 
@@ -182,7 +177,7 @@ def test_a_single_row_with_padding():
 
 def test_a_target_patched_with_numbers():
     ids, options = tokens(2 * N), {"max_new_tokens": 2 * N, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=FreqKVCache(MODEL.config, CONFIG), **options)
+    expected = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, **options)
     with freqkv.patch(MODEL, CONFIG):
         assert torch.equal(MODEL.generate(ids, assistant_model=with_length(DRAFTS[0.3], 5), **options), expected)
 
@@ -192,10 +187,8 @@ def test_an_assistant_patched_with_numbers(length):
     assistant = draft(0.3, length=length)
     freqkv.patch(assistant, CONFIG)
     ids, options = tokens(2 * N), {"max_new_tokens": 2 * N, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=FreqKVCache(MODEL.config, CONFIG), **options)
-    output = MODEL.generate(
-        ids, past_key_values=FreqKVCache(MODEL.config, CONFIG), assistant_model=assistant, **options
-    )
+    expected = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, **options)
+    output = MODEL.generate(ids, **{CACHE: FreqKVCache(MODEL.config, CONFIG)}, assistant_model=assistant, **options)
     assert torch.equal(output, expected)
 
 
@@ -215,7 +208,7 @@ def feed(cache, ids, chunks, mask=None):
     """Logits of the chunks of `ids`."""
     outputs, start = [], 0
     for chunk in chunks:
-        outputs.append(MODEL(ids[:, start : start + chunk], past_key_values=cache).logits)
+        outputs.append(MODEL(ids[:, start : start + chunk], **{CACHE: cache}).logits)
         start += chunk
     return outputs
 
@@ -345,9 +338,9 @@ def test_ragged_rows_go_back_within_the_last_call(record, first, last, side, sha
     cache = FreqKVCache(MODEL.config, CONFIG)
     if record:
         cache.activate_past_recording()
-    MODEL(ids, attention_mask=mask, past_key_values=cache)
+    MODEL(ids, attention_mask=mask, **{CACHE: cache})
     before = copy.deepcopy(cache)
-    MODEL(more, attention_mask=torch.cat([mask, new], 1), past_key_values=cache)
+    MODEL(more, attention_mask=torch.cat([mask, new], 1), **{CACHE: cache})
     if cache.row_tokens is None:
         return
     columns = more.shape[1]
@@ -358,7 +351,7 @@ def test_ragged_rows_go_back_within_the_last_call(record, first, last, side, sha
         columns -= gone
         truth = copy.deepcopy(before)
         if columns:
-            MODEL(more[:, :columns], attention_mask=torch.cat([mask, new[:, :columns]], 1), past_key_values=truth)
+            MODEL(more[:, :columns], attention_mask=torch.cat([mask, new[:, :columns]], 1), **{CACHE: truth})
         schedule, rows = CONFIG.schedule, [m + n for m, n in zip(first, new[:, :columns].sum(1).tolist(), strict=True)]
         if any(
             schedule.compressions(a) != schedule.compressions(b) for a, b in zip(rows, cache.row_tokens, strict=True)
@@ -377,7 +370,7 @@ def test_ragged_rows_go_back_within_the_last_call(record, first, last, side, sha
         assert (cache.row_tokens or [cache.tokens_seen] * len(rows)) == rows
         held = copy.deepcopy(cache), copy.deepcopy(truth)
         follow = tokens(N, 3, seed=8)
-        one, two = (MODEL(follow, past_key_values=each).logits for each in held)
+        one, two = (MODEL(follow, **{CACHE: each}).logits for each in held)
         assert torch.allclose(one, two, atol=2e-4)
 
 
@@ -385,8 +378,8 @@ def test_ragged_rows_go_back_within_the_last_call(record, first, last, side, sha
 def test_ragged_rows_do_not_go_back_further_than_the_last_call():
     ids, mask = padded(rows_of([4, 9]))
     cache = FreqKVCache(MODEL.config, CONFIG)
-    MODEL(ids, attention_mask=mask, past_key_values=cache)
-    MODEL(tokens(3, 2), past_key_values=cache)
+    MODEL(ids, attention_mask=mask, **{CACHE: cache})
+    MODEL(tokens(3, 2), **{CACHE: cache})
     truth = copy.deepcopy(cache)
     with pytest.raises(RuntimeError, match="for the last call only"):
         cache.crop(-4)
@@ -403,13 +396,13 @@ def test_sliding_layers_go_back_as_far(before):
     first, wrong, right = (tokens(n, 2, seed=n).clamp(3, 99) for n in (before, 5, 6))
     cache, truth = (FreqKVCache(model.config, CONFIG) for _ in range(2))
     for each in (cache, truth):
-        model(first, past_key_values=each)
+        model(first, **{CACHE: each})
     cache.activate_past_recording()
-    model(wrong, past_key_values=cache)
+    model(wrong, **{CACHE: cache})
     cache.crop(-5)
     assert (cache.tokens_seen, cache.compressions) == (before, 0)
     for step in range(6):
-        one, two = (model(right[:, step : step + 1], past_key_values=each).logits for each in (cache, truth))
+        one, two = (model(right[:, step : step + 1], **{CACHE: each}).logits for each in (cache, truth))
         assert torch.equal(one, two)
         cache.crop(0)
 
@@ -421,11 +414,11 @@ def test_linear_layers_go_back_as_those_of_a_dynamic_cache():
     first, wrong, right = (tokens(n, 2, seed=n).clamp(3, 99) for n in (9, 5, 6))
 
     def run(cache):
-        model(first, past_key_values=cache)
+        model(first, **{CACHE: cache})
         cache.activate_past_recording()
-        model(wrong, past_key_values=cache)
+        model(wrong, **{CACHE: cache})
         cache.crop(-5)
-        return model(right, past_key_values=cache).logits
+        return model(right, **{CACHE: cache}).logits
 
     expected = run(DynamicCache(config=model.config))
     freqkv.patch(model)
@@ -445,14 +438,14 @@ def test_layers_with_a_state_beside_padded_entries(record, family):
         return torch.cat([mask, torch.ones(2, columns, dtype=torch.long)], 1)
 
     def start(cache):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
         if record:
             cache.activate_past_recording()
-        model(wrong, attention_mask=longer(3), past_key_values=cache)
+        model(wrong, attention_mask=longer(3), **{CACHE: cache})
         return cache
 
     def go_on(cache, columns):
-        return model(right, attention_mask=longer(columns), past_key_values=cache).logits
+        return model(right, attention_mask=longer(columns), **{CACHE: cache}).logits
 
     plain = start(DynamicCache(config=model.config))
     if record:
@@ -474,11 +467,11 @@ def test_a_crop_after_a_call_that_failed():
     """It goes by the padding of the last call that entered."""
     ids, mask = padded(rows_of([4, 9]))
     cache = FreqKVCache(MODEL.config, CONFIG)
-    MODEL(ids, attention_mask=mask, past_key_values=cache)
+    MODEL(ids, attention_mask=mask, **{CACHE: cache})
     truth = copy.deepcopy(cache)
     failing = torch.cat([mask, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])], 1)
     with pytest.raises(IndexError):
-        MODEL(torch.full((2, 4), 10_000), attention_mask=failing, past_key_values=cache)
+        MODEL(torch.full((2, 4), 10_000), attention_mask=failing, **{CACHE: cache})
     assert not cache.is_spent
     for each in (cache, truth):
         each.crop(-3)
@@ -492,9 +485,9 @@ def test_a_short_crop_keeps_the_recorded_past(lengths):
     ids, mask = padded(rows_of(lengths))
     cache, truth = (FreqKVCache(MODEL.config, CONFIG) for _ in range(2))
     for each in (cache, truth):
-        MODEL(ids, attention_mask=mask, past_key_values=each)
+        MODEL(ids, attention_mask=mask, **{CACHE: each})
     cache.activate_past_recording()
-    MODEL(tokens(5, 2), past_key_values=cache)  # squeezes the longer rows
+    MODEL(tokens(5, 2), **{CACHE: cache})  # squeezes the longer rows
     assert cache.compressions == 1
     for removed in (0, -1, -1):
         cache.crop(removed)
@@ -511,18 +504,18 @@ def test_a_crop_that_another_layer_refuses_changes_nothing():
     freqkv.patch(model)
     cache = FreqKVCache(model.config, CONFIG)
     first, more = (tokens(n, 2, seed=n).clamp(3, 99) for n in (N, 2))
-    model(first, past_key_values=cache)
+    model(first, **{CACHE: cache})
     for layer in cache.layers:
         if isinstance(layer, freqkv.layer.FreqKVLayer):
             layer.activate_past_recording()
-    model(more[:, :1], past_key_values=cache)
+    model(more[:, :1], **{CACHE: cache})
     cache.layers.reverse(), cache._compressed.reverse()  # a sliding layer, which cannot go back, comes last
     truth = copy.deepcopy(cache)
     with pytest.raises(RuntimeError, match="does not track past states"):
         cache.crop(-1)
     for each in (cache, truth):
         each.layers.reverse(), each._compressed.reverse()
-    one, two = (model(more[:, 1:], past_key_values=each).logits for each in (cache, truth))
+    one, two = (model(more[:, 1:], **{CACHE: each}).logits for each in (cache, truth))
     assert torch.equal(one, two)
 
 
@@ -533,7 +526,7 @@ def test_what_was_seen_of_an_image_is_no_text_to_remove():
     freqkv.patch(model)
     cache = FreqKVCache(model.config, CONFIG)
     crossing = model.config.get_text_config().cross_attention_layers[0]
-    model(tokens(9, 2).clamp(3, 99), past_key_values=cache)
+    model(tokens(9, 2).clamp(3, 99), **{CACHE: cache})
     cache.layers[crossing].update(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8))
     cache.crop(-5)
     assert cache.tokens_seen == 4
@@ -545,4 +538,4 @@ def test_a_plain_cache_of_a_patched_model_is_assisted_as_before():
     expected = draft(0.0).generate(ids, **options)
     cache = DynamicCache(config=MODEL.config)
     assistant = with_length(DRAFTS[0.3], 5)
-    assert torch.equal(MODEL.generate(ids, past_key_values=cache, assistant_model=assistant, **options), expected)
+    assert torch.equal(MODEL.generate(ids, **{CACHE: cache}, assistant_model=assistant, **options), expected)

@@ -9,6 +9,7 @@ from models import tiny_llama, tokens
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 N = 32
 
@@ -65,10 +66,10 @@ def run(model, attention, ids, new_tokens):
     model.config._attn_implementation = attention
     cache = FreqKVCache(model.config, window=N, recent_tokens=3)
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **{CACHE: cache}).logits
     generated = model.generate(
         ids,
-        past_key_values=FreqKVCache(model.config, window=N, recent_tokens=3),
+        **{CACHE: FreqKVCache(model.config, window=N, recent_tokens=3)},
         max_new_tokens=new_tokens,
         do_sample=False,
     )

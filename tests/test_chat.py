@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 pty = pytest.importorskip("pty")
 
@@ -185,7 +186,7 @@ def test_a_model_that_begins_the_next_turn_itself(shipped, model):
         True
     ]
     with torch.no_grad():
-        model(ids, past_key_values=talk.cache)
+        model(ids, **{CACHE: talk.cache})
     assert tokenizer.decode(talk._turn("and?")[0]) == " and?\nAssistant:"
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(SystemExit, match="does not show earlier answers"):

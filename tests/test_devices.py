@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -35,7 +36,7 @@ def batch(kind):
 def generate(model, kind="ragged", **options):
     ids, mask = batch(kind)
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    options.setdefault("past_key_values", FreqKVCache(model.config, CONFIG))
+    options.setdefault(CACHE, FreqKVCache(model.config, CONFIG))
     return model.generate(ids, attention_mask=mask, **options)
 
 
@@ -44,7 +45,7 @@ def logits(model, kind="ragged", cache=None, **call):
     """Of all tokens that are no padding."""
     ids, mask = batch(kind)
     cache = FreqKVCache(model.config, CONFIG) if cache is None else cache
-    return model(ids, attention_mask=mask, past_key_values=cache, **call).logits[mask.bool()]
+    return model(ids, attention_mask=mask, **{CACHE: cache}, **call).logits[mask.bool()]
 
 
 def patched(**config):
@@ -93,7 +94,7 @@ def test_offloaded_weights(way, first, model, expected, tmp_path):
     for kind in BATCHES:
         assert torch.equal(generate(other, kind), expected[kind])
     freqkv.patch(other, CONFIG)
-    assert torch.equal(generate(other, past_key_values=None), expected["ragged"])
+    assert torch.equal(generate(other, **{CACHE: None}), expected["ragged"])
     ids, mask = batch("ragged")
     with torch.no_grad():
         uncached = other(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
@@ -135,7 +136,7 @@ freqkv.patch(model)
 outputs, heads = {}, []
 for kind in test_devices.BATCHES:
     cache = FreqKVCache(model.config, test_devices.CONFIG)
-    outputs[kind] = test_devices.generate(model, kind, past_key_values=cache)
+    outputs[kind] = test_devices.generate(model, kind, **{CACHE: cache})
     heads.append(cache.layers[0].keys.shape[1])
 torch.save((outputs, heads, dist.get_world_size()), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
 dist.destroy_process_group()
@@ -194,12 +195,12 @@ def test_a_model_that_changes_its_dtype_after_it_was_patched_and_used(dtype, kin
 def test_a_cache_of_another_dtype_is_refused_until_it_is_reset(expected):
     changed = patched()
     cache = FreqKVCache(changed.config, CONFIG)
-    generate(changed, past_key_values=cache)
+    generate(changed, **{CACHE: cache})
     changed.double()
     with pytest.raises(ValueError, match=r"dtype torch.float32, the model brings dtype torch.float64"):
-        changed(tokens(4, 3), past_key_values=cache)
+        changed(tokens(4, 3), **{CACHE: cache})
     cache.reset()
-    assert torch.equal(generate(changed, past_key_values=cache), expected["ragged"])
+    assert torch.equal(generate(changed, **{CACHE: cache}), expected["ragged"])
     assert cache.layers[0].keys.dtype == torch.float64
 
 
@@ -212,7 +213,7 @@ def test_each_row_in_bfloat16_is_that_of_the_row_alone(dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         together = logits(half).split(BATCHES["ragged"])
         for row, got in zip(rows, together, strict=True):
-            alone = half(row[None], past_key_values=FreqKVCache(half.config, CONFIG)).logits[0]
+            alone = half(row[None], **{CACHE: FreqKVCache(half.config, CONFIG)}).logits[0]
             assert (got - alone).abs().max() <= 0.05 * alone.abs().max()
             assert got.dtype == torch.bfloat16
 
@@ -261,8 +262,8 @@ def test_quantized_linears(first, model):
     ids = tokens(3 * N)
     cache = FreqKVCache(other.config, CONFIG)
     with torch.no_grad():
-        steps = [other(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
-        whole = other(ids, past_key_values=FreqKVCache(other.config, CONFIG)).logits
+        steps = [other(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(ids.shape[1])]
+        whole = other(ids, **{CACHE: FreqKVCache(other.config, CONFIG)}).logits
     assert (torch.cat(steps, 1) - whole).abs().max() < 0.2 * whole.abs().max()
 
 
@@ -290,15 +291,15 @@ def test_weights_quantized_as_they_are_loaded(kind, tmp_path):
     short, ids = tokens(N, 2), tokens(3 * N, 2)
     with torch.no_grad():
         assert torch.equal(
-            other(short, past_key_values=FreqKVCache(other.config, CONFIG)).logits,
-            plain(short, past_key_values=DynamicCache(config=plain.config)).logits,
+            other(short, **{CACHE: FreqKVCache(other.config, CONFIG)}).logits,
+            plain(short, **{CACHE: DynamicCache(config=plain.config)}).logits,
         )
         reference = tiny_llama(head_dim=32)
         freqkv.patch(reference)
-        expected = reference(ids, past_key_values=FreqKVCache(reference.config, CONFIG)).logits
-        whole = other(ids, past_key_values=FreqKVCache(other.config, CONFIG)).logits
+        expected = reference(ids, **{CACHE: FreqKVCache(reference.config, CONFIG)}).logits
+        whole = other(ids, **{CACHE: FreqKVCache(other.config, CONFIG)}).logits
         cache = FreqKVCache(other.config, CONFIG)
-        steps = torch.cat([other(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
+        steps = torch.cat([other(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(ids.shape[1])], 1)
     # bitsandbytes int8 quantizes inputs too, in float16 and by the scales of each call
     assert (steps - whole).norm() < (0.1 if kind == "bitsandbytes int8" else 1e-3) * whole.norm()
     assert 0 < (whole - expected).norm() < (0.5 if kind == "bitsandbytes 4 bit" else 0.15) * expected.norm()
@@ -334,7 +335,7 @@ def test_copies_work_and_stand_alone(way, numbers, used, expected):
     for kind in BATCHES:
         assert torch.equal(generate(twin, kind), expected[kind])
         if numbers is not None:
-            assert torch.equal(generate(twin, kind, past_key_values=None), expected[kind])
+            assert torch.equal(generate(twin, kind, **{CACHE: None}), expected[kind])
     with torch.no_grad():
         original.model.layers[0].self_attn.q_proj.weight.zero_()
     assert torch.equal(generate(twin), expected["ragged"])
@@ -384,7 +385,7 @@ def test_threads_that_share_a_model(numbers, model, expected):
     shared = copy.deepcopy(model)
     freqkv.patch(shared, numbers)
     kinds = ["uniform", "ragged", "ragged", "uniform", "ragged"] * 3
-    call = {} if numbers is None else {"past_key_values": None}
+    call = {} if numbers is None else {CACHE: None}
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda kind: generate(shared, kind, **call), kinds))
     for kind, output in zip(kinds, outputs, strict=True):
@@ -394,7 +395,7 @@ def test_threads_that_share_a_model(numbers, model, expected):
 def test_a_thread_that_fails_does_not_disturb_another(model, expected):
     def fail(_):
         with pytest.raises(IndexError):
-            model(tokens(3 * N) + 1000, past_key_values=FreqKVCache(model.config, CONFIG))
+            model(tokens(3 * N) + 1000, **{CACHE: FreqKVCache(model.config, CONFIG)})
 
     with ThreadPoolExecutor(2) as pool:
         failing = pool.map(fail, range(50))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, DynamicCache
 import freqkv
 from freqkv import FreqKVCache
 from freqkv.evaluation import RecallQuestion, bits_per_byte, byte_lengths, recall_accuracy, token_losses
+from freqkv.upstream import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_recall_accuracy():
     caches = {None: lambda: None, "freqkv": lambda: FreqKVCache(model.config, window=16)}
     for kind, make in caches.items():
         cache = make()
-        answers = model.generate(prompts, past_key_values=cache, max_new_tokens=3, do_sample=False)[:, 40:]
+        answers = model.generate(prompts, **{CACHE: cache}, max_new_tokens=3, do_sample=False)[:, 40:]
         questions = [
             RecallQuestion(tuple(prompt), tuple(answer), distance)
             for prompt, answer, distance in zip(prompts.tolist(), answers.tolist(), (8, 8, 30), strict=True)

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import freqkv
 from freqkv import FreqKVCache
 from freqkv.analysis import analyse
+from freqkv.upstream import CACHE
 
 N, SINKS, RECENT = 23, 4, 3  # (23 - 4 - 3) / 2 = 8 entries kept: a floor of 15, then a compression every 8 tokens
 FLOOR, STEP = 15, 8
@@ -70,7 +71,7 @@ def feed(model, ids, cache, splits):
     for length in [*splits, *[1] * (ids.shape[1] - sum(splits))]:
         positions = {"position_ids": torch.arange(start, start + length)[None]} if counts else {}
         call = ids[:, start : start + length]
-        outputs.append(model(input_ids=call, past_key_values=cache, use_cache=True, **positions).logits)
+        outputs.append(model(input_ids=call, **{CACHE: cache}, use_cache=True, **positions).logits)
         start += length
     return torch.cat(outputs, 1)
 
@@ -217,7 +218,7 @@ def check_positions(layers, spies, others):
         assert [call["hidden_states"].shape[1] for call in whole] == [LENGTH], (
             "sliding layers run over the call as it is"
         )
-        masks = [call["past_key_values"] for call in whole]
+        masks = [call[CACHE] for call in whole]
         assert all(isinstance(cache, FreqKVCache) for cache in masks)
 
 
@@ -241,7 +242,7 @@ def generated(model, prompt, cache):
     new = 2 * N + 1
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ones = torch.ones_like(prompt)
-    answer = model.generate(prompt, attention_mask=ones, past_key_values=cache(), **options)
+    answer = model.generate(prompt, attention_mask=ones, **{CACHE: cache()}, **options)
     held, ids = cache(), prompt
     logits = feed(model, prompt, held, [prompt.shape[1]])
     counts = "position_ids" in inspect.signature(model.forward).parameters
@@ -250,7 +251,7 @@ def generated(model, prompt, cache):
         positions = {"position_ids": torch.tensor([[ids.shape[1]]])} if counts else {}
         ids = torch.cat([ids, token], dim=1)
         if ids.shape[1] < prompt.shape[1] + new:
-            logits = model(input_ids=token, past_key_values=held, use_cache=True, **positions).logits
+            logits = model(input_ids=token, **{CACHE: held}, use_cache=True, **positions).logits
     assert torch.equal(answer, ids)
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 SETTINGS = [(19, 3, 0.5, 0), (19, 3, 0.37, 0), (23, 3, 0.5, 5), (23, 3, 0.37, 5)]  # window, sinks, ratio, recents
 
@@ -118,7 +119,7 @@ class Book(Cache):
     def look(self, module, args, kwargs):
         """Before an attention module runs: what would it cache for this token if its embeddings turned nothing?"""
         call = dict(zip(["hidden_states"], args, strict=False)) | kwargs
-        call["layer_past" if "layer_past" in call else "past_key_values"] = Catcher()
+        call["layer_past" if "layer_past" in call else CACHE] = Catcher()
         if call.get("position_embeddings") is None:
             call["position_ids"] = torch.zeros_like(call["position_ids"])
         else:
@@ -159,7 +160,7 @@ def by_the_book(model, ids, setting):
     everything = torch.zeros(1, 1, 1, 1, dtype=torch.float64)  # one token sees all entries: a mask that hides nothing
     for token in ids[0]:
         place = {"position_ids": torch.tensor([[book.slot]]), "attention_mask": everything}
-        logits.append(model(token[None, None], past_key_values=book, **place).logits)
+        logits.append(model(token[None, None], **{CACHE: book}, **place).logits)
         book.token += 1
     for hook in hooks:
         hook.remove()

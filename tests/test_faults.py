@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -61,7 +62,7 @@ class Case:
         if any(lengths):
             ids, mask = padded([row.clamp(3, 99) for row in rows_of(lengths, seed)], pad=5)
             mask = None if len({*lengths}) == 1 and not before else torch.cat([*before, mask], 1)
-            self.model(ids, attention_mask=mask, past_key_values=cache)
+            self.model(ids, attention_mask=mask, **{CACHE: cache})
 
     def prepare(self, cache):
         self._feed(cache, self.before, seed=1)
@@ -74,7 +75,7 @@ class Case:
     @torch.no_grad()
     def follow(self, cache):
         """With another call's worth of tokens, that compress too."""
-        return self.model(tokens(N, 2, seed=3).clamp(3, 99), past_key_values=cache).logits
+        return self.model(tokens(N, 2, seed=3).clamp(3, 99), **{CACHE: cache}).logits
 
     def outcome(self, cache):
         """Whether the call that broke off was as not made, or made, or spent the cache, which a reset mends."""
@@ -279,7 +280,7 @@ def test_an_interrupt_in_the_wrapper_of_the_model_harms_no_later_call():
         def broken_then_another(cache=cache, tracer=tracer):
             assert tracer.run(case.call, cache)
             with torch.no_grad(), pytest.raises(ValueError, match="attention_mask has shape"):
-                model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG))
+                model(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)})
 
         try:
             contextvars.copy_context().run(broken_then_another)
@@ -305,24 +306,24 @@ def test_a_spent_cache_says_so_in_every_call(way, lengths):
     model = patched("llama")
     cache = FreqKVCache(model.config, CONFIG)
     ids, mask = padded(rows_of(lengths))
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **{CACHE: cache})
     more = torch.cat([ids, tokens(4, 2)], 1)
     longer = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1)
     hook = model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model.generate(more, attention_mask=longer, past_key_values=cache, max_new_tokens=4)
+        model.generate(more, attention_mask=longer, **{CACHE: cache}, max_new_tokens=4)
     hook.remove()
     calls = {
-        "forward": lambda: model(more[:, 9:], attention_mask=longer, past_key_values=cache),
-        "forward without a mask": lambda: model(more[:, 9:], past_key_values=cache),
+        "forward": lambda: model(more[:, 9:], attention_mask=longer, **{CACHE: cache}),
+        "forward without a mask": lambda: model(more[:, 9:], **{CACHE: cache}),
         "generate": lambda: model.generate(
             torch.cat([more, ids], 1),
             attention_mask=torch.cat([longer, torch.ones_like(mask)], 1),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=4,
         ),
         "generate the same again": lambda: model.generate(
-            more, attention_mask=longer, past_key_values=cache, max_new_tokens=4
+            more, attention_mask=longer, **{CACHE: cache}, max_new_tokens=4
         ),
     }
     with pytest.raises(RuntimeError, match=SPENT):
@@ -337,9 +338,9 @@ def interrupt(*args, **kwargs):
 def test_a_reset_forgets_what_sliding_layers_hold():
     model = patched("gemma3_text")
     cache, ids = FreqKVCache(model.config, CONFIG), tokens(9, 2).clamp(3, 99)
-    expected = model(ids, past_key_values=cache).logits
+    expected = model(ids, **{CACHE: cache}).logits
     cache.reset()
-    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -348,22 +349,22 @@ def test_a_spent_cache_stays_spent_through_everything_but_a_reset(family):
     model = patched(family)
     cache = FreqKVCache(model.config, CONFIG)
     ids = tokens(9, 2).clamp(3, 99)
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     hook = model.get_output_embeddings().register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     hook.remove()
     changed = copy.deepcopy(cache), copy.deepcopy(cache)
     changed[1].reorder_cache(torch.tensor([1, 0]))
     for each in changed:
         assert "spent: call reset()" in repr(each)
         with pytest.raises(RuntimeError, match=SPENT):
-            model(ids, past_key_values=each)
+            model(ids, **{CACHE: each})
         each.reset()
         assert "spent" not in repr(each)
         assert torch.equal(
-            model(ids, past_key_values=each).logits,
-            model(ids, past_key_values=FreqKVCache(model.config, CONFIG)).logits,
+            model(ids, **{CACHE: each}).logits,
+            model(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits,
         )
 
 
@@ -389,7 +390,7 @@ def test_generate_stopped_between_two_forwards_goes_on_where_it_was(family, leng
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     new = 2 * N
     expected = model.generate(
-        ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG), max_new_tokens=new, **options
+        ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}, max_new_tokens=new, **options
     )
     cache, written = FreqKVCache(model.config, CONFIG), [ids]
 
@@ -403,7 +404,7 @@ def test_generate_stopped_between_two_forwards_goes_on_where_it_was(family, leng
         model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=new,
             logits_processor=processors,
             **options,
@@ -415,7 +416,7 @@ def test_generate_stopped_between_two_forwards_goes_on_where_it_was(family, leng
     rest = model.generate(
         history,
         attention_mask=longer,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=expected.shape[1] - history.shape[1],
         **options,
     )
@@ -429,17 +430,17 @@ def test_a_prompt_that_was_too_long_for_the_memory(error, chunk):
     model = patched("llama")
     cache = FreqKVCache(model.config, CONFIG)
     ids, options = tokens(3 * N, 2), {"max_new_tokens": N, "do_sample": False}
-    expected = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    expected = model.generate(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     breaker = Breaker(5, error)
     handles = break_in_modules(model.model.layers[1].mlp, breaker)
     with pytest.raises(error):
-        model.generate(ids, past_key_values=cache, prefill_chunk_size=chunk, **options)
+        model.generate(ids, **{CACHE: cache}, prefill_chunk_size=chunk, **options)
     for handle in handles:
         handle.remove()
     with pytest.raises(RuntimeError, match=SPENT), torch.no_grad():
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     cache.reset()
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **{CACHE: cache}, **options), expected)
 
 
 # NaN
@@ -469,7 +470,7 @@ def test_what_is_no_number_stays_in_its_row(lengths, turns, spoiled, value, atte
         cache, outputs, start = FreqKVCache(model.config, CONFIG), [], 0
         for stop in [ids.shape[1] + sum(turns[:i]) for i in range(len(turns) + 1)]:
             part = embedded[:, start:stop]
-            outputs.append(model(inputs_embeds=part, attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            outputs.append(model(inputs_embeds=part, attention_mask=mask[:, :stop], **{CACHE: cache}).logits)
             start = stop
         return torch.cat(outputs, 1)
 

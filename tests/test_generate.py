@@ -11,6 +11,7 @@ from transformers import DynamicCache, TextStreamer
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 N = 32
 
@@ -30,10 +31,10 @@ def new_cache(model, **numbers):
 def manual_greedy(model, ids, cache, new_tokens):
     """One forward for the prompt, then one per token."""
     start = cache.get_seq_length()
-    logits = model(ids[:, start:], past_key_values=cache).logits[:, -1]
+    logits = model(ids[:, start:], **{CACHE: cache}).logits[:, -1]
     for _ in range(new_tokens - 1):
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        logits = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, -1:], **{CACHE: cache}).logits[:, -1]
     return torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
 
 
@@ -42,7 +43,7 @@ def manual_greedy(model, ids, cache, new_tokens):
 def test_greedy_equals_a_manual_loop(model, prompt, batch):
     ids = tokens(prompt, batch)
     cache = new_cache(model)
-    output = model.generate(ids, past_key_values=cache, max_new_tokens=3 * N, do_sample=False)
+    output = model.generate(ids, **{CACHE: cache}, max_new_tokens=3 * N, do_sample=False)
     assert torch.equal(output, manual_greedy(model, ids, new_cache(model), 3 * N))
     assert cache.tokens_seen == prompt + 3 * N - 1
     assert cache.entries <= N
@@ -53,9 +54,9 @@ def test_below_the_window_generate_is_the_library_s_own(attention):
     model = tiny_llama(attention=attention)
     ids = tokens(20, batch=2)
     settings = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **settings)
     freqkv.patch(model)
-    output = model.generate(ids, past_key_values=new_cache(model), **settings)
+    output = model.generate(ids, **{CACHE: new_cache(model)}, **settings)
     assert torch.equal(output.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
 
@@ -65,7 +66,7 @@ def test_sampling_with_a_seed_is_reproducible(model):
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        runs.append(model.generate(ids, past_key_values=new_cache(model), max_new_tokens=60, do_sample=True, top_k=20))
+        runs.append(model.generate(ids, **{CACHE: new_cache(model)}, max_new_tokens=60, do_sample=True, top_k=20))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -73,9 +74,9 @@ def test_sampling_with_a_seed_is_reproducible(model):
 @pytest.mark.parametrize("chunk", [1, 7, N, 3 * N + 1])
 def test_prefill_chunk_size(model, chunk):
     ids = tokens(5 * N + 2)
-    expected = model.generate(ids, past_key_values=new_cache(model), max_new_tokens=40, do_sample=False)
+    expected = model.generate(ids, **{CACHE: new_cache(model)}, max_new_tokens=40, do_sample=False)
     output = model.generate(
-        ids, past_key_values=new_cache(model), max_new_tokens=40, do_sample=False, prefill_chunk_size=chunk
+        ids, **{CACHE: new_cache(model)}, max_new_tokens=40, do_sample=False, prefill_chunk_size=chunk
     )
     assert torch.equal(output, expected)
 
@@ -83,32 +84,32 @@ def test_prefill_chunk_size(model, chunk):
 def test_a_second_generate_goes_on_with_the_same_cache(model):
     ids = tokens(2 * N + 3)
     cache = new_cache(model)
-    first = model.generate(ids, past_key_values=cache, max_new_tokens=N, do_sample=False)
+    first = model.generate(ids, **{CACHE: cache}, max_new_tokens=N, do_sample=False)
     turn = torch.cat([first, tokens(17, seed=5)], 1)
-    second = model.generate(turn, past_key_values=cache, max_new_tokens=N, do_sample=False)
-    fresh = model.generate(turn, past_key_values=new_cache(model), max_new_tokens=N, do_sample=False)
+    second = model.generate(turn, **{CACHE: cache}, max_new_tokens=N, do_sample=False)
+    fresh = model.generate(turn, **{CACHE: new_cache(model)}, max_new_tokens=N, do_sample=False)
     assert torch.equal(second, fresh)
     assert cache.tokens_seen == turn.shape[1] + N - 1
 
 
 def test_inputs_embeds(model):
     ids = tokens(2 * N + 5)
-    expected = model.generate(ids, past_key_values=new_cache(model), max_new_tokens=N, do_sample=False)
+    expected = model.generate(ids, **{CACHE: new_cache(model)}, max_new_tokens=N, do_sample=False)
     embeds = model.get_input_embeddings()(ids)
-    output = model.generate(inputs_embeds=embeds, past_key_values=new_cache(model), max_new_tokens=N, do_sample=False)
+    output = model.generate(inputs_embeds=embeds, **{CACHE: new_cache(model)}, max_new_tokens=N, do_sample=False)
     assert torch.equal(output, expected[:, ids.shape[1] :])
 
 
 def test_numbers_make_generate_use_a_cache_of_its_own(model):
     ids = tokens(2 * N)
-    expected = model.generate(ids, past_key_values=new_cache(model), max_new_tokens=N, do_sample=False)
-    plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=N, do_sample=False)
+    expected = model.generate(ids, **{CACHE: new_cache(model)}, max_new_tokens=N, do_sample=False)
+    plain = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, max_new_tokens=N, do_sample=False)
     with freqkv.patch(model, window=N, recent_tokens=3):
         output = model.generate(ids, max_new_tokens=N, do_sample=False, return_dict_in_generate=True)
-        assert isinstance(output.past_key_values, FreqKVCache)
+        assert isinstance(output[CACHE], FreqKVCache)
         assert torch.equal(output.sequences, expected)
         explicit = DynamicCache(config=model.config)
-        other = model.generate(ids, past_key_values=explicit, max_new_tokens=N, do_sample=False)
+        other = model.generate(ids, **{CACHE: explicit}, max_new_tokens=N, do_sample=False)
         assert torch.equal(other, plain), "an explicit cache wins"
         uncached = model.generate(ids, use_cache=False, max_new_tokens=5, do_sample=False)
         assert torch.equal(uncached, expected[:, : 2 * N + 5])
@@ -129,12 +130,12 @@ def test_streamer_and_long_runs(model):
             self.values.append(None)
 
     cache, streamer = new_cache(model), Count()
-    model.generate(tokens(40), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(tokens(40), **{CACHE: cache}, max_new_tokens=1, do_sample=False)
     pointers = [layer.keys.data_ptr() for layer in cache.layers]
     size = cache.nbytes
     history = tokens(40)
     history = model.generate(
-        torch.cat([history, tokens(1)], 1), past_key_values=cache, max_new_tokens=1000, streamer=streamer
+        torch.cat([history, tokens(1)], 1), **{CACHE: cache}, max_new_tokens=1000, streamer=streamer
     )
     assert len(streamer.values) == 1002
     assert cache.nbytes == size
@@ -146,20 +147,20 @@ def test_beams_and_repeated_rows(model):
     """Rows of equal length are reordered with their entries, compressed ones too."""
     ids = tokens(2 * N, batch=2)
     beams = model.generate(
-        ids, past_key_values=new_cache(model), max_new_tokens=2 * N, num_beams=3, do_sample=False, early_stopping=True
+        ids, **{CACHE: new_cache(model)}, max_new_tokens=2 * N, num_beams=3, do_sample=False, early_stopping=True
     )
     for row in range(2):
         alone = model.generate(
-            ids[row : row + 1], past_key_values=new_cache(model), max_new_tokens=2 * N, num_beams=3, do_sample=False
+            ids[row : row + 1], **{CACHE: new_cache(model)}, max_new_tokens=2 * N, num_beams=3, do_sample=False
         )
         assert torch.equal(beams[row : row + 1], alone)
     cache = new_cache(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         repeated = copy.deepcopy(cache)
         repeated.batch_repeat_interleave(2)
-        one = model(tokens(9, 2), past_key_values=cache).logits
-        two = model(tokens(9, 2).repeat_interleave(2, 0), past_key_values=repeated).logits
+        one = model(tokens(9, 2), **{CACHE: cache}).logits
+        two = model(tokens(9, 2).repeat_interleave(2, 0), **{CACHE: repeated}).logits
         assert torch.allclose(two, one.repeat_interleave(2, 0), atol=1e-4)
         repeated.batch_select_indices(torch.tensor([3]))
         assert repeated.layers[0].keys.shape[0] == 1
@@ -169,12 +170,12 @@ def test_crop_rolls_back_to_the_last_compression(model):
     ids = tokens(N + 10)
     cache = new_cache(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         kept = copy.deepcopy(cache)
-        model(tokens(3, seed=9), past_key_values=cache)
+        model(tokens(3, seed=9), **{CACHE: cache})
         cache.crop(-3)
-        one = model(tokens(5, seed=4), past_key_values=cache).logits
-        two = model(tokens(5, seed=4), past_key_values=kept).logits
+        one = model(tokens(5, seed=4), **{CACHE: cache}).logits
+        two = model(tokens(5, seed=4), **{CACHE: kept}).logits
     assert torch.equal(one, two)
     with pytest.raises(RuntimeError, match="compressed since"):
         cache.crop(-20)
@@ -188,14 +189,14 @@ def test_crop_rolls_back_to_the_last_compression(model):
 def test_hidden_states_and_attentions(model):
     ids = tokens(2 * N)
     with torch.no_grad():
-        output = model(ids, past_key_values=new_cache(model), output_hidden_states=True)
+        output = model(ids, **{CACHE: new_cache(model)}, output_hidden_states=True)
         assert [h.shape for h in output.hidden_states] == [(1, 2 * N, 48)] * 3
         eager = tiny_llama(attention="eager")
         freqkv.patch(eager)
         cache = new_cache(eager)
-        weights = eager(ids[:, :20], past_key_values=cache, output_attentions=True).attentions
+        weights = eager(ids[:, :20], **{CACHE: cache}, output_attentions=True).attentions
         assert [w.shape for w in weights] == [(1, 4, 20, 20)] * 2
         with pytest.raises(ValueError, match="Feed at most 12 tokens"):
-            eager(ids, past_key_values=cache, output_attentions=True)
+            eager(ids, **{CACHE: cache}, output_attentions=True)
         assert cache.tokens_seen == 20
-        eager(ids[:, :12], past_key_values=cache, output_attentions=True)
+        eager(ids[:, :12], **{CACHE: cache}, output_attentions=True)

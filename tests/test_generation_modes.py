@@ -31,6 +31,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -64,7 +65,7 @@ def longer(mask, columns):
 def logits_alone(row, ids):
     """Logits of the tokens `ids` behind a row, which is alone and goes in at once."""
     text = torch.cat([row, ids])
-    return MODEL(text[None, :-1], past_key_values=new_cache()).logits[0, len(row) - 1 :]
+    return MODEL(text[None, :-1], **{CACHE: new_cache()}).logits[0, len(row) - 1 :]
 
 
 def written(output, ids):
@@ -104,7 +105,7 @@ def test_up_to_the_window_every_mode_is_that_of_a_dynamic_cache(mode, lengths):
     outputs = []
     for model, cache in ((PLAIN, DynamicCache(config=PLAIN.config)), (MODEL, new_cache())):
         torch.manual_seed(5)
-        outputs.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **options))
+        outputs.append(model.generate(ids, attention_mask=mask, **{CACHE: cache}, **options))
     expected, output = outputs
     assert torch.equal(output.sequences, expected.sequences)
     for one, two in zip(output.scores, expected.scores, strict=True):
@@ -122,12 +123,12 @@ def test_beams_of_a_padded_batch_are_those_of_each_row_alone(options):
     ids, mask = padded(rows)
     settings = {"max_new_tokens": 2 * N, "num_beams": 3, "do_sample": False, "return_dict_in_generate": True}
     settings |= {"output_scores": True, "eos_token_id": [7, 8, 9], "pad_token_id": 0, **options}
-    together = MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), **settings)
+    together = MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, **settings)
     per_row = options.get("num_return_sequences", 1)
     sequences = written(together.sequences, ids).split(per_row)
     scores = together.sequences_scores.split(per_row)
     for row, got, score in zip(rows, sequences, scores, strict=True):
-        alone = MODEL.generate(row[None], past_key_values=new_cache(), **settings)
+        alone = MODEL.generate(row[None], **{CACHE: new_cache()}, **settings)
         expected = alone.sequences[:, len(row) :]
         assert torch.equal(got[:, : expected.shape[1]], expected)
         assert {*got[:, expected.shape[1] :].flatten().tolist()} <= {0, 7}
@@ -139,7 +140,7 @@ def test_the_score_of_a_beam_is_that_of_its_text():
     ids = tokens(N + 4, 2)
     output = MODEL.generate(
         ids,
-        past_key_values=new_cache(),
+        **{CACHE: new_cache()},
         max_new_tokens=2 * N,
         num_beams=4,
         num_return_sequences=4,
@@ -166,7 +167,7 @@ def test_samples_are_drawn_from_what_each_row_gives_alone(options):
         cache = new_cache()
         outputs.append(
             MODEL.generate(
-                ids, attention_mask=mask, past_key_values=cache, output_logits=True, output_scores=True, **settings
+                ids, attention_mask=mask, **{CACHE: cache}, output_logits=True, output_scores=True, **settings
             )
         )
     output = outputs[0]
@@ -216,7 +217,7 @@ def test_rows_go_on_as_alone_however_they_were_reordered_repeated_and_selected(k
     texts = rows_of(first)
     ids, mask = padded(texts)
     cache = new_cache()
-    MODEL(ids, attention_mask=mask, past_key_values=cache)
+    MODEL(ids, attention_mask=mask, **{CACHE: cache})
     for turn, operation in enumerate(operations):
         apply, left = choose(operation, texts, draw.draw, keeps_longest)
         if len(left) > 6:
@@ -229,10 +230,10 @@ def test_rows_go_on_as_alone_however_they_were_reordered_repeated_and_selected(k
         more = rows_of(brings, seed=100 * turn + 50)
         ids, new = padded(more, side)
         mask = torch.cat([mask, new], 1)
-        logits = MODEL(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = MODEL(ids, attention_mask=mask, **{CACHE: cache}).logits
         for i, row in enumerate(more):
             texts[i] = torch.cat([texts[i], row])
-            alone = MODEL(texts[i][None], past_key_values=new_cache()).logits[0, len(texts[i]) - len(row) :]
+            alone = MODEL(texts[i][None], **{CACHE: new_cache()}).logits[0, len(texts[i]) - len(row) :]
             assert torch.allclose(logits[i][new[i].bool()], alone, atol=3e-4)
 
 
@@ -243,8 +244,8 @@ def test_rows_taken_between_a_call_and_its_crop(operation):
     rows, more = rows_of([4, 9, 6]), rows_of([2, 5, 3], seed=7)
     (ids, mask), (new_ids, new) = padded(rows), padded(more)
     cache = new_cache()
-    MODEL(ids, attention_mask=mask, past_key_values=cache)
-    MODEL(new_ids, attention_mask=torch.cat([mask, new], 1), past_key_values=cache)
+    MODEL(ids, attention_mask=mask, **{CACHE: cache})
+    MODEL(new_ids, attention_mask=torch.cat([mask, new], 1), **{CACHE: cache})
     index = torch.tensor([2, 0, 0])
     if operation == "repeat":
         cache.batch_repeat_interleave(2)
@@ -257,9 +258,9 @@ def test_rows_taken_between_a_call_and_its_crop(operation):
     texts = [torch.cat([row, new[: max(0, len(new) - 2)]]) for row, new in zip(rows, more, strict=True)]
     assert cache.row_tokens == [len(texts[i]) for i in index]
     follow = tokens(N, len(index), seed=5)
-    logits = MODEL(follow, past_key_values=cache).logits
+    logits = MODEL(follow, **{CACHE: cache}).logits
     for i, row, got in zip(index.tolist(), follow, logits, strict=True):
-        alone = MODEL(torch.cat([texts[i], row])[None], past_key_values=new_cache()).logits[0, -N:]
+        alone = MODEL(torch.cat([texts[i], row])[None], **{CACHE: new_cache()}).logits[0, -N:]
         assert torch.allclose(got, alone, atol=2e-4)
 
 
@@ -270,9 +271,9 @@ def test_beams_where_layers_are_transformers_own(family):
     freqkv.patch(model)
     ids = tokens(N + 4, 2).clamp(3, 99)
     options = {"max_new_tokens": N, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    together = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    together = model.generate(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     for row, got in zip(ids, together, strict=True):
-        alone = model.generate(row[None], past_key_values=FreqKVCache(model.config, CONFIG), **options)
+        alone = model.generate(row[None], **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
         assert torch.equal(got, alone[0])
 
 
@@ -283,15 +284,15 @@ def test_beams_where_layers_are_transformers_own(family):
 def test_embeddings_and_chunks_as_input(lengths):
     ids, mask = padded(rows_of(lengths))
     options = {"attention_mask": mask, "max_new_tokens": N, "do_sample": False}
-    expected = MODEL.generate(ids, past_key_values=new_cache(), **options)
+    expected = MODEL.generate(ids, **{CACHE: new_cache()}, **options)
     embedded = MODEL.get_input_embeddings()(ids)
-    output = MODEL.generate(inputs_embeds=embedded, past_key_values=new_cache(), **options)
+    output = MODEL.generate(inputs_embeds=embedded, **{CACHE: new_cache()}, **options)
     assert torch.equal(output, written(expected, ids))
     for chunk in (1, 9, N, 10 * N):
         config = GenerationConfig(
             prefill_chunk_size=chunk, max_new_tokens=N, do_sample=False, pad_token_id=0, suppress_tokens=[0]
         )
-        output = MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), generation_config=config)
+        output = MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, generation_config=config)
         assert torch.equal(output, expected)
 
 
@@ -300,11 +301,11 @@ def test_embeddings_of_a_whole_conversation():
     ids, mask = padded(rows)
     cache, options = new_cache(), {"max_new_tokens": N, "do_sample": False}
     embed = MODEL.get_input_embeddings()
-    answer = MODEL.generate(inputs_embeds=embed(ids), attention_mask=mask, past_key_values=cache, **options)
+    answer = MODEL.generate(inputs_embeds=embed(ids), attention_mask=mask, **{CACHE: cache}, **options)
     turn = torch.cat([ids, answer, tokens(5, 2)], 1)
     mask = longer(mask, N + 5)
-    output = MODEL.generate(inputs_embeds=embed(turn), attention_mask=mask, past_key_values=cache, **options)
-    expected = MODEL.generate(turn, attention_mask=mask, past_key_values=new_cache(), **options)
+    output = MODEL.generate(inputs_embeds=embed(turn), attention_mask=mask, **{CACHE: cache}, **options)
+    expected = MODEL.generate(turn, attention_mask=mask, **{CACHE: new_cache()}, **options)
     assert torch.equal(output, written(expected, turn))
 
 
@@ -312,8 +313,8 @@ def test_embeddings_of_a_whole_conversation():
 @torch.no_grad()
 def test_logits_to_keep(keep):
     ids, mask = padded(rows_of(LENGTHS))
-    whole = MODEL(ids, attention_mask=mask, past_key_values=new_cache()).logits
-    some = MODEL(ids, attention_mask=mask, past_key_values=new_cache(), logits_to_keep=keep).logits
+    whole = MODEL(ids, attention_mask=mask, **{CACHE: new_cache()}).logits
+    some = MODEL(ids, attention_mask=mask, **{CACHE: new_cache()}, logits_to_keep=keep).logits
     where = slice(-keep, None) if isinstance(keep, int) else keep
     real = mask[:, where].bool()
     assert some.shape == whole[:, where].shape
@@ -326,7 +327,7 @@ def test_hidden_states_and_scores_of_each_step():
     output = MODEL.generate(
         ids,
         attention_mask=mask,
-        past_key_values=new_cache(),
+        **{CACHE: new_cache()},
         max_new_tokens=N,
         do_sample=False,
         return_dict_in_generate=True,
@@ -334,13 +335,13 @@ def test_hidden_states_and_scores_of_each_step():
         output_scores=True,
         output_logits=True,
     )
-    assert isinstance(output.past_key_values, FreqKVCache)
+    assert isinstance(output[CACHE], FreqKVCache)
     states = [torch.cat([step[layer] for step in output.hidden_states], 1) for layer in range(3)]
     mask = longer(mask, N - 1).bool()
     for i, row in enumerate(rows):
         text = torch.cat([row, output.sequences[i, -N:-1]])
         with torch.no_grad():
-            alone = MODEL(text[None], past_key_values=new_cache(), output_hidden_states=True)
+            alone = MODEL(text[None], **{CACHE: new_cache()}, output_hidden_states=True)
         for got, expected in zip(states, alone.hidden_states, strict=True):
             assert torch.allclose(got[i][mask[i]], expected[0], atol=3e-4)
         scores = torch.stack(output.scores, 1)[i]
@@ -356,20 +357,18 @@ def test_attention_weights():
     ids = tokens(12, 2)
     options = {"do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
     expected = plain.generate(ids, max_new_tokens=N - 12, **options).attentions
-    output = model.generate(ids, past_key_values=new_cache(), max_new_tokens=N - 12, **options).attentions
+    output = model.generate(ids, **{CACHE: new_cache()}, max_new_tokens=N - 12, **options).attentions
     for step, truth in zip(output, expected, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(step, truth, strict=True))
     cache = new_cache()
-    steps = model.generate(ids, past_key_values=cache, max_new_tokens=2 * N, **options).attentions
+    steps = model.generate(ids, **{CACHE: cache}, max_new_tokens=2 * N, **options).attentions
     held = [CONFIG.schedule.entries(12 + i) for i in range(2 * N)]
     assert [step[1].shape for step in steps] == [(2, 4, 12 if i == 0 else 1, n) for i, n in enumerate(held)]
     assert all(torch.allclose(layer.sum(-1), torch.ones(())) for step in steps for layer in step)
     for wrong, message in ((tokens(N + 1, 2), "Feed at most"), (padded(rows_of([3, 9]))[0], "weights of padded rows")):
         cache = new_cache()
         with pytest.raises(ValueError, match=message):
-            model.generate(
-                wrong, attention_mask=(wrong != 0).long(), past_key_values=cache, max_new_tokens=4, **options
-            )
+            model.generate(wrong, attention_mask=(wrong != 0).long(), **{CACHE: cache}, max_new_tokens=4, **options)
         assert cache.tokens_seen == 0
 
 
@@ -390,12 +389,12 @@ def test_rows_stop_where_they_stop_alone():
     rows = rows_of(LENGTHS)
     ids, mask = padded(rows)
     options = {"max_new_tokens": 2 * N, "do_sample": False}
-    full = written(MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), **options), ids)
+    full = written(MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, **options), ids)
     options |= {"eos_token_id": [full[0, 5].item(), full[1, N + 4].item()], "pad_token_id": 0}
-    together = written(MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), **options), ids)
+    together = written(MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, **options), ids)
     lengths = set()
     for row, got in zip(rows, together, strict=True):
-        alone = MODEL.generate(row[None], past_key_values=new_cache(), **options)[0, len(row) :]
+        alone = MODEL.generate(row[None], **{CACHE: new_cache()}, **options)[0, len(row) :]
         assert torch.equal(got[: len(alone)], alone)
         assert not got[len(alone) :].any()
         lengths.add(len(alone))
@@ -416,7 +415,7 @@ def test_stopping_in_the_middle_and_going_on_changes_nothing(way, lengths):
     ids, mask = padded(rows_of(lengths))
     options = {"do_sample": False, "pad_token_id": 0}
     new = 2 * N + 5
-    expected = MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), max_new_tokens=new, **options)
+    expected = MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, max_new_tokens=new, **options)
     cache, history, turns = new_cache(), ids, 0
     while history.shape[1] < expected.shape[1]:
         length = min(history.shape[1] + 17, expected.shape[1])
@@ -426,7 +425,7 @@ def test_stopping_in_the_middle_and_going_on_changes_nothing(way, lengths):
             "time": {"max_time": 0.0, "max_length": 1000},
         }[way]
         so_far = longer(mask, history.shape[1] - ids.shape[1])
-        history = MODEL.generate(history, attention_mask=so_far, past_key_values=cache, **stop, **options)
+        history = MODEL.generate(history, attention_mask=so_far, **{CACHE: cache}, **stop, **options)
         turns += 1
     assert torch.equal(history, expected)
     assert turns == (new if way == "time" else 3)
@@ -437,7 +436,7 @@ def test_a_string_stops_and_the_text_goes_on_behind_it(shipped):
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     ids = tokens(2 * N)
     options = {"max_new_tokens": 2 * N, "do_sample": False}
-    expected = MODEL.generate(ids, attention_mask=ones(ids), past_key_values=new_cache(), **options)
+    expected = MODEL.generate(ids, attention_mask=ones(ids), **{CACHE: new_cache()}, **options)
     strings = [tokenizer.decode([token]) for token in expected[0].tolist()]
     at = max(i for i in range(2 * N, 4 * N) if strings[i].isalnum() and not any(strings[i] in s for s in strings[:i]))
     assert at > 2 * N + 5
@@ -445,14 +444,14 @@ def test_a_string_stops_and_the_text_goes_on_behind_it(shipped):
     output = MODEL.generate(
         ids,
         attention_mask=ones(ids),
-        past_key_values=cache,
+        **{CACHE: cache},
         stop_strings=[strings[at]],
         tokenizer=tokenizer,
         **options,
     )
     assert torch.equal(output, expected[:, : at + 1])
     options["max_new_tokens"] = 4 * N - output.shape[1]
-    assert torch.equal(MODEL.generate(output, attention_mask=ones(output), past_key_values=cache, **options), expected)
+    assert torch.equal(MODEL.generate(output, attention_mask=ones(output), **{CACHE: cache}, **options), expected)
 
 
 # Streams
@@ -462,16 +461,16 @@ def test_a_string_stops_and_the_text_goes_on_behind_it(shipped):
 def test_streamers(kind, capsys):
     ids = tokens(2 * N)
     options = {"attention_mask": ones(ids), "max_new_tokens": 2 * N, "do_sample": False}
-    expected = TOKENIZER.decode(MODEL.generate(ids, past_key_values=new_cache(), **options)[0, 2 * N :])
+    expected = TOKENIZER.decode(MODEL.generate(ids, **{CACHE: new_cache()}, **options)[0, 2 * N :])
 
     def thread(streamer):
-        options.update(inputs=ids, past_key_values=new_cache(), streamer=streamer)
+        options.update(inputs=ids, **{CACHE: new_cache()}, streamer=streamer)
         running = threading.Thread(target=MODEL.generate, kwargs=options)
         running.start()
         return running
 
     if kind == "print":
-        MODEL.generate(ids, past_key_values=new_cache(), streamer=TextStreamer(TOKENIZER, skip_prompt=True), **options)
+        MODEL.generate(ids, **{CACHE: new_cache()}, streamer=TextStreamer(TOKENIZER, skip_prompt=True), **options)
         text = capsys.readouterr().out.rstrip("\n")
     elif kind == "thread":
         streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=60)
@@ -510,10 +509,10 @@ def test_a_conversation_over_many_calls(first, turns, only_new):
     for turn, (brings, new) in enumerate(turns):
         options = {"max_new_tokens": new, "do_sample": False}
         unseen = history[:, cache.tokens_seen :] if only_new else history
-        output = MODEL.generate(unseen, attention_mask=mask, past_key_values=cache, **options)
+        output = MODEL.generate(unseen, attention_mask=mask, **{CACHE: cache}, **options)
         history = torch.cat([history, written(output, unseen), tokens(brings, 2, seed=turn)], 1)
         for i, text in enumerate(texts):
-            alone = MODEL.generate(text[None], past_key_values=new_cache(), **options)
+            alone = MODEL.generate(text[None], **{CACHE: new_cache()}, **options)
             assert torch.equal(output[i, -new:], alone[0, -new:])
             texts[i] = torch.cat([alone[0], history[i, -brings:]])
         mask = longer(mask, brings + new)
@@ -527,16 +526,16 @@ def test_one_context_answers_many_questions(lengths):
     ids, mask = padded(rows)
     context = new_cache()
     with torch.no_grad():
-        MODEL(ids, attention_mask=mask, past_key_values=context)
+        MODEL(ids, attention_mask=mask, **{CACHE: context})
     options = {"max_new_tokens": N, "do_sample": False}
     questions = [tokens(n, 2, seed=n) for n in (1, 7, N + 3)]
     answers = []
     for question in [*questions, *questions[::-1]]:
         text, whole = torch.cat([ids, question], 1), longer(mask, question.shape[1])
         branch = copy.deepcopy(context)
-        answers.append(MODEL.generate(text, attention_mask=whole, past_key_values=branch, **options)[:, -N:])
+        answers.append(MODEL.generate(text, attention_mask=whole, **{CACHE: branch}, **options)[:, -N:])
         for row, asked, answer in zip(rows, question, answers[-1], strict=True):
-            alone = MODEL.generate(torch.cat([row, asked])[None], past_key_values=new_cache(), **options)
+            alone = MODEL.generate(torch.cat([row, asked])[None], **{CACHE: new_cache()}, **options)
             assert torch.equal(answer, alone[0, -N:])
     assert all(torch.equal(one, two) for one, two in zip(answers, answers[::-1], strict=True))
     assert context.tokens_seen == ids.shape[1]
@@ -545,15 +544,15 @@ def test_one_context_answers_many_questions(lengths):
 def test_a_branch_and_its_origin_do_not_touch_each_other():
     ids, options = tokens(2 * N), {"max_new_tokens": 2 * N, "do_sample": False}
     origin = new_cache()
-    first = MODEL.generate(ids, attention_mask=ones(ids), past_key_values=origin, **options)
+    first = MODEL.generate(ids, attention_mask=ones(ids), **{CACHE: origin}, **options)
     branch = copy.deepcopy(origin)
     turns = [torch.cat([first, tokens(n, seed=n)], 1) for n in (5, 11)]
     outputs = [
-        MODEL.generate(turn, attention_mask=ones(turn), past_key_values=cache, **options)
+        MODEL.generate(turn, attention_mask=ones(turn), **{CACHE: cache}, **options)
         for turn, cache in zip(turns, (origin, branch), strict=True)
     ]
     for turn, output in zip(turns, outputs, strict=True):
-        expected = MODEL.generate(turn, attention_mask=ones(turn), past_key_values=new_cache(), **options)
+        expected = MODEL.generate(turn, attention_mask=ones(turn), **{CACHE: new_cache()}, **options)
         assert torch.equal(output, expected)
 
 
@@ -565,8 +564,8 @@ def test_after_a_reset_a_cache_is_as_new(first, second):
     for lengths in (first, second, first):
         ids, mask = padded(rows_of(lengths))
         options = {"attention_mask": mask, "max_new_tokens": N, "do_sample": False}
-        output = MODEL.generate(ids, past_key_values=cache, **options)
-        assert torch.equal(output, MODEL.generate(ids, past_key_values=new_cache(), **options))
+        output = MODEL.generate(ids, **{CACHE: cache}, **options)
+        assert torch.equal(output, MODEL.generate(ids, **{CACHE: new_cache()}, **options))
         size = size or cache.nbytes
         assert cache.nbytes == size
         cache.reset()
@@ -581,17 +580,17 @@ def test_what_was_done_in_inference_mode_can_be_gone_on_with_outside_of_it(lengt
 
     def through(cache, copied):
         cache.activate_past_recording()
-        MODEL(ids, attention_mask=mask, past_key_values=cache)
+        MODEL(ids, attention_mask=mask, **{CACHE: cache})
         cache.reorder_cache(torch.tensor([1, 0]))
-        MODEL(follow[:, :5], past_key_values=cache)
+        MODEL(follow[:, :5], **{CACHE: cache})
         return copy.deepcopy(cache) if copied else cache
 
     def after(cache):
         with torch.no_grad():
             cache.crop(-5)
-            first = MODEL(follow, past_key_values=cache).logits
+            first = MODEL(follow, **{CACHE: cache}).logits
             cache.reset()
-            return first, MODEL(ids, attention_mask=mask, past_key_values=cache).logits
+            return first, MODEL(ids, attention_mask=mask, **{CACHE: cache}).logits
 
     with torch.no_grad():
         expected = after(through(new_cache(), False))
@@ -609,12 +608,12 @@ def test_generate_without_a_cache_on_a_model_patched_with_numbers():
     rows = rows_of(LENGTHS)
     ids, mask = padded(rows)
     options = {"max_new_tokens": 2 * N, "do_sample": False}
-    alone = [MODEL.generate(row[None], past_key_values=new_cache(), **options)[0, -2 * N :] for row in rows]
+    alone = [MODEL.generate(row[None], **{CACHE: new_cache()}, **options)[0, -2 * N :] for row in rows]
     beams = {**options, "num_beams": 3, "num_return_sequences": 2}
-    expected = MODEL.generate(ids, attention_mask=mask, past_key_values=new_cache(), **beams)
+    expected = MODEL.generate(ids, attention_mask=mask, **{CACHE: new_cache()}, **beams)
     with freqkv.patch(MODEL, CONFIG):
         output = MODEL.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
-        assert isinstance(output.past_key_values, FreqKVCache)
+        assert isinstance(output[CACHE], FreqKVCache)
         assert torch.equal(output.sequences[:, -2 * N :], torch.stack(alone))
         assert torch.equal(MODEL.generate(ids, attention_mask=mask, **beams), expected)
         assert torch.equal(MODEL.generate(ids, attention_mask=mask, prefill_chunk_size=9, **options), output.sequences)
@@ -625,7 +624,7 @@ def test_generate_without_a_cache_on_a_model_patched_with_numbers():
         )
         plain = PLAIN.generate(ids, attention_mask=mask, **options)
         for cache in (DynamicCache(config=MODEL.config), None):
-            kind = {"past_key_values": cache} if cache is not None else {"cache_implementation": "static"}
+            kind = {CACHE: cache} if cache is not None else {"cache_implementation": "static"}
             assert torch.equal(MODEL.generate(ids, attention_mask=mask, **kind, **options), plain)
     assert torch.equal(MODEL.generate(ids, attention_mask=mask, **options), plain)
 
@@ -635,7 +634,7 @@ def test_a_pipeline():
     texts = TOKENIZER.batch_decode(rows)
     expected = [
         TOKENIZER.decode(
-            MODEL.generate(row[None], past_key_values=new_cache(), max_new_tokens=2 * N, do_sample=False)[0, len(row) :]
+            MODEL.generate(row[None], **{CACHE: new_cache()}, max_new_tokens=2 * N, do_sample=False)[0, len(row) :]
         )
         for row in rows
     ]
@@ -657,10 +656,10 @@ def test_a_compiled_model():
     freqkv.patch(model)
     ids = tokens(N + 1)
     options = {"attention_mask": ones(ids), "do_sample": False, "max_new_tokens": 3}
-    expected = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    expected = model.generate(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     torch.compiler.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager")
-    output = model.generate(ids, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    output = model.generate(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     torch.compiler.reset()
     assert torch.equal(output, expected)
 
@@ -673,14 +672,14 @@ def test_an_input_that_is_no_continuation_is_refused_and_the_cache_unharmed(leng
     freqkv.patch(model)
     whole = tokens(3 * N + 9)
     cache = FreqKVCache(model.config, window=N)
-    first = model.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    first = model.generate(whole, **{CACHE: cache}, max_new_tokens=3, do_sample=False)
     shorter = whole[:, :length]
     mask = {"attention_mask": ones(shorter)} if masked else {}
     with pytest.raises(ValueError, match="some would be left out, or enter twice"):
-        model.generate(shorter, past_key_values=cache, max_new_tokens=3, do_sample=False, **mask)
-    going_on = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        model.generate(shorter, **{CACHE: cache}, max_new_tokens=3, do_sample=False, **mask)
+    going_on = model.generate(first, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
     fresh = FreqKVCache(model.config, window=N)
-    assert torch.equal(going_on, model.generate(first, past_key_values=fresh, max_new_tokens=5, do_sample=False))
+    assert torch.equal(going_on, model.generate(first, **{CACHE: fresh}, max_new_tokens=5, do_sample=False))
 
 
 def test_drafts_need_an_empty_cache():
@@ -688,7 +687,7 @@ def test_drafts_need_an_empty_cache():
     model = own_model()
     freqkv.patch(model)
     cache = FreqKVCache(model.config, window=N)
-    lookup = {"past_key_values": cache, "max_new_tokens": 5, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    lookup = {CACHE: cache, "max_new_tokens": 5, "do_sample": False, "prompt_lookup_num_tokens": 2}
     first = model.generate(tokens(N + 3), **lookup)
     seen = cache.tokens_seen
     with pytest.raises(ValueError, match="prompt lookup begin with an empty cache"):

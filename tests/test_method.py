@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.rotary import slot_table
+from freqkv.upstream import CACHE
 
 SETTINGS = [  # window, sinks, ratio, recents
     FreqKVConfig(31, 4, 0.5, 0),
@@ -40,7 +41,7 @@ def stream(model, ids, cache, splits):
     """Logits of `ids` fed through `cache` in calls of the lengths in `splits`, then token by token."""
     outputs, start = [], 0
     for length in [*splits, *[1] * (ids.shape[1] - sum(splits))]:
-        outputs.append(model(ids[:, start : start + length], past_key_values=cache).logits)
+        outputs.append(model(ids[:, start : start + length], **{CACHE: cache}).logits)
         start += length
     return torch.cat(outputs, 1)
 
@@ -203,7 +204,7 @@ def test_memory_and_positions(config, length):
         storage = None
         for call in (length, 1, 1, config.window, 2 * config.window + 3, 1):
             with torch.no_grad():
-                model(tokens(call), past_key_values=cache)
+                model(tokens(call), **{CACHE: cache})
             layer = cache.layers[1]
             assert layer.keys.shape[2] == layer.values.shape[2] == config.window
             assert storage in (None, layer.keys.data_ptr())
@@ -233,7 +234,7 @@ def test_the_decoder_builds_no_mask_of_its_own(monkeypatch):
     model = tiny_llama(attention="eager")
     freqkv.patch(model)
     with torch.no_grad():
-        model(tokens(1000), past_key_values=FreqKVCache(model.config, window=32))
+        model(tokens(1000), **{CACHE: FreqKVCache(model.config, window=32)})
         with freqkv.patch(model, window=32):
             model(tokens(1000), use_cache=False)
     assert sizes
@@ -275,8 +276,8 @@ def test_caches_used_in_turn_do_not_see_each_other():
     parts = []
     with torch.no_grad():
         for start in range(0, 90, 30):
-            parts.append(model(ids[:, start : start + 30], past_key_values=one).logits)
-            model(others[:, start : start + 30], past_key_values=other)
+            parts.append(model(ids[:, start : start + 30], **{CACHE: one}).logits)
+            model(others[:, start : start + 30], **{CACHE: other})
     assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-4)
     assert torch.allclose(
         stream(model, tokens(5), other, []),
@@ -383,8 +384,8 @@ def test_training_with_a_cache_leaves_the_graph_intact():
     freqkv.patch(model)
     cache = FreqKVCache(model.config, window=23)
     ids = tokens(70)
-    first = model(ids[:, :40], past_key_values=cache).logits
-    second = model(ids[:, 40:], past_key_values=cache).logits
+    first = model(ids[:, :40], **{CACHE: cache}).logits
+    second = model(ids[:, 40:], **{CACHE: cache}).logits
     (first.sum() + second.sum()).backward()
     streamed = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -393,7 +394,7 @@ def test_training_with_a_cache_leaves_the_graph_intact():
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, streamed[name], atol=1e-3 * parameter.grad.abs().max()), name
     with torch.no_grad():
-        model(tokens(3), past_key_values=cache)
+        model(tokens(3), **{CACHE: cache})
     assert cache.layers[0].keys.shape[2] == 23
     assert not cache.layers[0].keys.requires_grad
 
@@ -414,9 +415,9 @@ def test_parameter_efficient_training_with_a_cache(trained):
 
     def streamed():
         cache = FreqKVCache(model.config, window=23)
-        loss = sum(model(part, past_key_values=cache).logits.sum() for part in ids.split([23, 20, 17], 1))
+        loss = sum(model(part, **{CACHE: cache}).logits.sum() for part in ids.split([23, 20, 17], 1))
         with torch.no_grad():
-            model(tokens(30), past_key_values=cache)
+            model(tokens(30), **{CACHE: cache})
         return loss
 
     def whole():
@@ -433,10 +434,10 @@ def test_inference_mode_and_no_grad_take_turns():
     ids = tokens(100)
     cache = FreqKVCache(model.config, window=23)
     with torch.inference_mode():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **{CACHE: cache})
     with torch.no_grad():
-        model(ids[:, 30:60], past_key_values=cache)
+        model(ids[:, 30:60], **{CACHE: cache})
     with torch.inference_mode():
-        last = model(ids[:, 60:], past_key_values=cache).logits
+        last = model(ids[:, 60:], **{CACHE: cache}).logits
     expected = stream(model, ids, FreqKVCache(model.config, window=23), [100])[:, 60:]
     assert torch.allclose(last, expected, atol=1e-4)

@@ -28,6 +28,7 @@ from transformers import (
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.upstream import CACHE
 
 ATTENTION = ("eager", "sdpa")
 IMAGE, START, END = 100, 102, 103  # token ids
@@ -148,7 +149,7 @@ def feed(model, ids, cache, splits, images=None, at=0):
     for number, length in enumerate([*splits, *[1] * (ids.shape[1] - sum(splits))]):
         more = (images or {}) if number == at else {}
         call = ids[:, start : start + length]
-        outputs.append(model(input_ids=call, past_key_values=cache, use_cache=True, **more).logits)
+        outputs.append(model(input_ids=call, **{CACHE: cache}, use_cache=True, **more).logits)
         start += length
     return torch.cat(outputs, 1)
 
@@ -170,13 +171,13 @@ def check_generated(model, prompt, images=None):
     """Greedy `generate` past several windows, and the same by hand."""
     images = images or {}
     ones = torch.ones_like(prompt)
-    answer = model.generate(prompt, attention_mask=ones, past_key_values=cache_of(model), **images, **GENERATION)
+    answer = model.generate(prompt, attention_mask=ones, **{CACHE: cache_of(model)}, **images, **GENERATION)
     cache, ids = cache_of(model), prompt
     logits = feed(model, prompt, cache, [prompt.shape[1]], images)
     for _ in range(GENERATION["max_new_tokens"]):
         token = logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], dim=1)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, **{CACHE: cache}, use_cache=True).logits
     assert torch.equal(answer, ids)
     with freqkv.patch(model, **NUMBERS):
         assert torch.equal(model.generate(prompt, attention_mask=ones, **images, **GENERATION), ids)
@@ -255,7 +256,7 @@ def test_an_image_that_does_not_fit_its_tokens():
     freqkv.patch(model)
     cache = cache_of(model)
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
-        model(input_ids=ids, past_key_values=cache, pixel_values=noise(1, 3, 12, 12))
+        model(input_ids=ids, **{CACHE: cache}, pixel_values=noise(1, 3, 12, 12))
     assert (cache.tokens_seen, cache.is_spent) == (0, False)
     assert close(
         feed(model, ids, cache, [LENGTH], {"pixel_values": noise(2, 3, 12, 12)}),
@@ -287,20 +288,20 @@ REFUSED = {
 def test_images_that_are_not(name, attention):
     """Their tokens see each other, or stand at the same position: an error that says so, and a cache as it was."""
     model, inputs = model_of(name, attention), with_image(name)
-    plain = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
+    plain = model(**inputs, **{CACHE: DynamicCache(config=model.config)}).logits
     freqkv.patch(model)
     cache = cache_of(model)
     with pytest.raises(ValueError, match=REFUSED[name]):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     assert (cache.tokens_seen, cache.is_spent) == (0, False)
     with pytest.raises(ValueError, match=REFUSED[name]):
-        model.generate(**inputs, past_key_values=cache, **GENERATION)
+        model.generate(**inputs, **{CACHE: cache}, **GENERATION)
     assert (cache.tokens_seen, cache.is_spent) == (0, False)
     with freqkv.patch(model, **NUMBERS):
         for use_cache in (False, True):
             with pytest.raises(ValueError, match=REFUSED[name]):
                 model(**inputs, use_cache=use_cache)
-    assert torch.equal(model(**inputs, past_key_values=DynamicCache(config=model.config)).logits, plain)
+    assert torch.equal(model(**inputs, **{CACHE: DynamicCache(config=model.config)}).logits, plain)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -311,7 +312,7 @@ def test_text_in_calls_after_a_refused_image(name):
     whole = feed(model, ids, cache_of(model), [LENGTH])
     cache = cache_of(model)
     with pytest.raises(ValueError, match=REFUSED[name]):
-        model(**with_image(name), past_key_values=cache)
+        model(**with_image(name), **{CACHE: cache})
     assert close(feed(model, ids, cache, CHUNKS), whole)
 
 
@@ -320,7 +321,7 @@ def test_generate_text_after_a_refused_image():
     model = model_of("qwen2_vl")
     freqkv.patch(model)
     with pytest.raises(ValueError, match="position_ids"):
-        model(**with_image("qwen2_vl"), past_key_values=cache_of(model))
+        model(**with_image("qwen2_vl"), **{CACHE: cache_of(model)})
     check_generated(model, text(9))
 
 

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.families import FAMILY_RULES
+from freqkv.upstream import CACHE
 
 N = 23
 
@@ -35,7 +36,7 @@ def plain_outputs(model):
     return [
         model(ids).logits,
         model(ids, use_cache=False).logits,
-        model(ids, past_key_values=DynamicCache(config=model.config)).logits,
+        model(ids, **{CACHE: DynamicCache(config=model.config)}).logits,
         model.generate(ids, max_new_tokens=5, do_sample=False),
     ]
 
@@ -47,7 +48,7 @@ def test_unpatched_patched_and_unpatched_again_behave_alike():
     handle = freqkv.patch(model)
     for a, b in zip(expected, plain_outputs(model), strict=True):
         assert torch.equal(a, b), "a patched model without FreqKV in the call"
-    model.generate(tokens(3 * N), past_key_values=FreqKVCache(model.config, window=N), max_new_tokens=5)
+    model.generate(tokens(3 * N), **{CACHE: FreqKVCache(model.config, window=N)}, max_new_tokens=5)
     handle.unpatch()
     for a, b in zip(expected, plain_outputs(model), strict=True):
         assert torch.equal(a, b)
@@ -115,7 +116,7 @@ def test_forwards_that_others_wrapped_before_or_after_are_kept():
     attention.forward = wrapped(lambda *args, **kwargs: attention._old_forward(*args, **kwargs), "after")
     with torch.no_grad():
         calls.clear()
-        model(tokens(3 * N), past_key_values=FreqKVCache(model.config, window=N))
+        model(tokens(3 * N), **{CACHE: FreqKVCache(model.config, window=N)})
         assert set(calls) == {"before", "after"}
         freqkv.unpatch(model)
         calls.clear()
@@ -151,11 +152,11 @@ def test_generate_uses_the_numbers_however_the_model_was_patched(way):
             freqkv.patch(model, window=N)
             freqkv.unpatch(model.model)
             assert isinstance(
-                model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True).past_key_values, DynamicCache
+                model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True)[CACHE], DynamicCache
             )
         freqkv.patch(model, window=N)
         output = model.generate(tokens(5), max_new_tokens=2, return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, FreqKVCache)
+    assert isinstance(output[CACHE], FreqKVCache)
     freqkv.unpatch(model)
     fresh = instance_state(tiny_llama())
     assert all(state.keys() == fresh[name].keys() for name, state in instance_state(model).items())
@@ -178,8 +179,8 @@ def test_a_handle_can_be_entered_again_and_left_early():
     handle = freqkv.patch(model, window=N)
     for _ in range(2):
         with handle:
-            assert isinstance(model(tokens(3)).past_key_values, FreqKVCache)
-        assert isinstance(model(tokens(3)).past_key_values, DynamicCache)
+            assert isinstance(model(tokens(3))[CACHE], FreqKVCache)
+        assert isinstance(model(tokens(3))[CACHE], DynamicCache)
     assert handle.config is None
     with handle:
         freqkv.unpatch(model)
@@ -193,14 +194,14 @@ def test_tables_follow_the_model():
     model = tiny_llama()
     freqkv.patch(model)
     ids = tokens(N)
-    model(ids, past_key_values=FreqKVCache(model.config, window=N))
+    model(ids, **{CACHE: FreqKVCache(model.config, window=N)})
     model.bfloat16()
-    plain = model(ids, past_key_values=DynamicCache(config=model.config)).logits
-    assert torch.equal(model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits, plain)
+    plain = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
+    assert torch.equal(model(ids, **{CACHE: FreqKVCache(model.config, window=N)}).logits, plain)
     model.model.rotary_emb = tiny_llama(rope="linear").model.rotary_emb
-    other = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    other = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
     assert not torch.equal(other, plain)
-    assert torch.equal(model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits, other)
+    assert torch.equal(model(ids, **{CACHE: FreqKVCache(model.config, window=N)}).logits, other)
 
 
 def test_threads_with_a_cache_each():
@@ -210,7 +211,7 @@ def test_threads_with_a_cache_each():
 
     def generate(ids):
         cache = FreqKVCache(model.config, window=N)
-        return model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        return model.generate(ids, **{CACHE: cache}, max_new_tokens=40, do_sample=False)
 
     expected = [generate(ids) for ids in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -312,7 +313,7 @@ def test_a_cache_tells_its_state():
     cache = FreqKVCache(model.config, window=N, recent_tokens=3)
     assert (cache.tokens_seen, cache.entries, cache.compressions, cache.nbytes) == (0, 0, 0, 0)
     with torch.no_grad():
-        model(tokens(3 * N), past_key_values=cache)
+        model(tokens(3 * N), **{CACHE: cache})
     size = 2 * 2 * N * 2 * 16 * 4
     assert (cache.tokens_seen, cache.compressions, cache.nbytes) == (69, 6, size)
     assert repr(cache) == (
@@ -339,9 +340,9 @@ def test_an_unpatched_model_is_refused():
     model = tiny_llama()
     cache = FreqKVCache(model.config, window=N)
     with pytest.raises(RuntimeError, match=r"patched model only: call freqkv.patch\(model\)"):
-        model.generate(tokens(5), past_key_values=cache, max_new_tokens=2)
+        model.generate(tokens(5), **{CACHE: cache}, max_new_tokens=2)
     freqkv.patch(model)
-    model.generate(tokens(5), past_key_values=cache, max_new_tokens=2)
+    model.generate(tokens(5), **{CACHE: cache}, max_new_tokens=2)
 
 
 TINY = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -398,9 +399,9 @@ def test_attention_functions_without_masks_are_refused():
     model.config._attn_implementation = "mine"
     cache = FreqKVCache(model.config, window=N)
     with pytest.raises(ValueError, match="attn_implementation='mine' has no mask function"):
-        model(tokens(5), past_key_values=cache)
+        model(tokens(5), **{CACHE: cache})
     model.config._attn_implementation = "sdpa"
-    model(tokens(5), past_key_values=cache)
+    model(tokens(5), **{CACHE: cache})
 
 
 def test_models_whose_every_layer_slides_are_refused():
@@ -429,7 +430,7 @@ def test_a_cache_of_another_model_is_refused(other, message):
     model = tiny_llama()
     freqkv.patch(model)
     with pytest.raises(ValueError, match=message):
-        model(tokens(5), past_key_values=FreqKVCache(tiny_llama(**other).config, window=N))
+        model(tokens(5), **{CACHE: FreqKVCache(tiny_llama(**other).config, window=N)})
 
 
 def test_a_cache_filled_in_another_dtype_or_batch_is_refused_and_unharmed():
@@ -437,18 +438,18 @@ def test_a_cache_filled_in_another_dtype_or_batch_is_refused_and_unharmed():
     freqkv.patch(model)
     cache = FreqKVCache(model.config, window=N)
     with torch.no_grad():
-        model(tokens(2 * N), past_key_values=cache)
-        expected = model(tokens(4), past_key_values=copy.deepcopy(cache)).logits
+        model(tokens(2 * N), **{CACHE: cache})
+        expected = model(tokens(4), **{CACHE: copy.deepcopy(cache)}).logits
         with pytest.raises(ValueError, match="holds 1 rows, the input has 2"):
-            model(tokens(5, batch=2), past_key_values=cache)
+            model(tokens(5, batch=2), **{CACHE: cache})
         with pytest.raises(ValueError, match=r"dtype torch.float32, the model brings dtype torch.bfloat16"):
-            copy.deepcopy(model).bfloat16()(tokens(5), past_key_values=cache)
-        assert torch.equal(model(tokens(4), past_key_values=cache).logits, expected)
+            copy.deepcopy(model).bfloat16()(tokens(5), **{CACHE: cache})
+        assert torch.equal(model(tokens(4), **{CACHE: cache}).logits, expected)
         meta = copy.deepcopy(cache)
         for layer in meta.layers:
             layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
         with pytest.raises(ValueError, match="device meta, the model brings device cpu"):
-            model(tokens(5), past_key_values=meta)
+            model(tokens(5), **{CACHE: meta})
 
 
 @pytest.mark.parametrize("with_cache", [True, False])
@@ -457,7 +458,7 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
     freqkv.patch(model, window=N)
     ids = tokens(30, batch=2)
     cache = FreqKVCache(model.config, window=N) if with_cache else None
-    call = {"past_key_values": cache, "use_cache": with_cache}
+    call = {CACHE: cache, "use_cache": with_cache}
     packed = torch.cat([torch.arange(10), torch.arange(20)])[None]
     with pytest.raises(ValueError, match="packed sequences"):
         model(ids, position_ids=packed, **call)
@@ -477,11 +478,11 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
     model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(30)[None], **call)
     if cache is not None:
         with pytest.raises(ValueError, match="contradict each other"):
-            model(ids, past_key_values=cache, use_cache=False)
+            model(ids, **{CACHE: cache}, use_cache=False)
         late = torch.ones(2, 60)
         late[0, 2] = 0
         with pytest.raises(ValueError, match="what has entered cannot be hidden"):
-            model(ids, attention_mask=late, past_key_values=cache)
+            model(ids, attention_mask=late, **{CACHE: cache})
 
 
 def test_entry_points_share_one_config():
@@ -522,19 +523,19 @@ def test_gradient_checkpointing(reentrant):
     for call in ({"use_cache": False}, {}):
         for grad, truth in zip(gradients(**call), expected, strict=True):
             assert torch.allclose(grad, truth, atol=1e-5 * truth.abs().max())
-    for grad, truth in zip(gradients(past_key_values=DynamicCache(config=model.config)), plain, strict=True):
+    for grad, truth in zip(gradients(**{CACHE: DynamicCache(config=model.config)}), plain, strict=True):
         assert torch.allclose(grad, truth, atol=1e-5 * truth.abs().max())
     for numbers in ({"window": N}, {}):
         freqkv.patch(model, **numbers)
         with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
-            model(ids, past_key_values=FreqKVCache(model.config, window=N))
+            model(ids, **{CACHE: FreqKVCache(model.config, window=N)})
 
 
 def test_a_forward_in_training_makes_no_cache():
     model = tiny_llama().train()
     freqkv.patch(model, window=N)
-    assert model(tokens(2 * N)).past_key_values is None
-    assert isinstance(model.eval()(tokens(2 * N)).past_key_values, FreqKVCache)
+    assert model(tokens(2 * N)).get(CACHE) is None
+    assert isinstance(model.eval()(tokens(2 * N))[CACHE], FreqKVCache)
 
 
 def test_a_compressor_that_returns_the_wrong_shape_is_named():
@@ -552,13 +553,13 @@ def test_a_compressor_that_returns_the_wrong_shape_is_named():
         FreqKVCache(model)
     lone = FreqKVCache(model.config, window=N, compressor=lambda keys, values, keep: keys[:, :, :keep])
     with torch.no_grad(), pytest.raises(TypeError, match=r"must return \(keys, values\)"):
-        model(tokens(2 * N), past_key_values=lone)
+        model(tokens(2 * N), **{CACHE: lone})
     cache = FreqKVCache(model.config, window=N, compressor=keep_all)
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match=r"compressor keep_all returned keys of shape \(1, 2, 19, 16\)"),
     ):
-        model(tokens(2 * N), past_key_values=cache)
+        model(tokens(2 * N), **{CACHE: cache})
 
 
 @pytest.mark.parametrize("where", ["first layer", "last layer", "after the layers", "inside update"])
@@ -568,7 +569,7 @@ def test_an_interrupted_forward_spends_the_cache(where):
     cache = FreqKVCache(model.config, window=N)
     ids = tokens(3 * N + 2)
     with torch.no_grad():
-        model(ids[:, :N], past_key_values=cache)
+        model(ids[:, :N], **{CACHE: cache})
 
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
@@ -583,15 +584,15 @@ def test_an_interrupted_forward_spends_the_cache(where):
         }[where]
         hook = target.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, N:], past_key_values=cache)
+            model(ids[:, N:], **{CACHE: cache})
         hook.remove()
         cache.layers[1].compressor = freqkv.low_pass_entries
         assert "spent: call reset()" in repr(cache)
         with pytest.raises(RuntimeError, match=r"interrupted half-way .* Call cache.reset\(\)"):
-            model(ids[:, N:], past_key_values=cache)
+            model(ids[:, N:], **{CACHE: cache})
         cache.reset()
-        again = model(ids, past_key_values=cache).logits
-        assert torch.equal(again, model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits)
+        again = model(ids, **{CACHE: cache}).logits
+        assert torch.equal(again, model(ids, **{CACHE: FreqKVCache(model.config, window=N)}).logits)
 
 
 def test_an_error_before_any_token_entered_leaves_the_cache_as_it_was():
@@ -600,11 +601,11 @@ def test_an_error_before_any_token_entered_leaves_the_cache_as_it_was():
     cache = FreqKVCache(model.config, window=N)
     ids = tokens(3 * N)
     with torch.no_grad():
-        model(ids[:, : 2 * N], past_key_values=cache)
+        model(ids[:, : 2 * N], **{CACHE: cache})
         with pytest.raises(IndexError):
-            model(ids[:, 2 * N :] + 1000, past_key_values=cache)
-        logits = model(ids[:, 2 * N :], past_key_values=cache).logits
-        whole = model(ids, past_key_values=FreqKVCache(model.config, window=N)).logits
+            model(ids[:, 2 * N :] + 1000, **{CACHE: cache})
+        logits = model(ids[:, 2 * N :], **{CACHE: cache}).logits
+        whole = model(ids, **{CACHE: FreqKVCache(model.config, window=N)}).logits
     assert torch.allclose(logits, whole[:, 2 * N :], atol=1e-4)
 
 
@@ -613,10 +614,10 @@ def test_a_cache_is_copied_whole():
     freqkv.patch(model)
     cache = FreqKVCache(model.config, window=N)
     with torch.no_grad():
-        model(tokens(2 * N), past_key_values=cache)
+        model(tokens(2 * N), **{CACHE: cache})
         branch = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
-        one = model(tokens(N, seed=3), past_key_values=cache).logits
-        two = model(tokens(N, seed=3), past_key_values=branch).logits
+        one = model(tokens(N, seed=3), **{CACHE: cache}).logits
+        two = model(tokens(N, seed=3), **{CACHE: branch}).logits
     assert torch.equal(one, two)
 
 
@@ -647,11 +648,11 @@ def test_another_rotary_module_is_noticed():
     model = tiny_llama(attention="sdpa")
     freqkv.patch(model)
     ids = tokens(20)
-    before = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    before = model(ids, **{CACHE: FreqKVCache(model.config, window=32)}).logits
     model.model.rotary_emb = Other(model.model.rotary_emb)
-    after = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    after = model(ids, **{CACHE: FreqKVCache(model.config, window=32)}).logits
     freqkv.unpatch(model)
-    assert torch.equal(after, model(ids, past_key_values=DynamicCache(config=model.config)).logits)
+    assert torch.equal(after, model(ids, **{CACHE: DynamicCache(config=model.config)}).logits)
     assert not torch.allclose(after, before, atol=1e-2)
 
 
@@ -661,9 +662,9 @@ def test_layers_may_attend_in_different_ways():
     model = tiny_llama(attention="sdpa")
     freqkv.patch(model)
     ids = tokens(90)
-    expected = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    expected = model(ids, **{CACHE: FreqKVCache(model.config, window=32)}).logits
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     model.model.layers[1].self_attn.config = config
-    got = model(ids, past_key_values=FreqKVCache(model.config, window=32)).logits
+    got = model(ids, **{CACHE: FreqKVCache(model.config, window=32)}).logits
     assert torch.allclose(got, expected, atol=1e-4)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.schedule import Schedule
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -42,9 +43,7 @@ def alone(model, row, splits=()):
     """Logits of a row by itself."""
     cache = FreqKVCache(model.config, CONFIG)
     edges = [0, *splits, len(row)]
-    return torch.cat(
-        [model(row[None, a:b], past_key_values=cache).logits[0] for a, b in itertools.pairwise(edges) if b > a]
-    )
+    return torch.cat([model(row[None, a:b], **{CACHE: cache}).logits[0] for a, b in itertools.pairwise(edges) if b > a])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -55,7 +54,7 @@ def test_logits_of_a_row_are_those_of_the_row_alone(attention, side):
     freqkv.patch(model)
     rows = rows_of(LENGTHS)
     ids, mask = padded(rows, side)
-    logits = model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+    logits = model(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
     for row, got, where in zip(rows, logits, mask.bool(), strict=True):
         assert torch.allclose(got[where], alone(model, row), atol=2e-4)
 
@@ -69,9 +68,9 @@ def test_greedy_generation(attention, lengths):
     ids, mask = padded(rows)
     new = 2 * N + 3
     options = {"max_new_tokens": new, "do_sample": False}
-    together = model.generate(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG), **options)
+    together = model.generate(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
     for row, got in zip(rows, together, strict=True):
-        by_itself = model.generate(row[None], past_key_values=FreqKVCache(model.config, CONFIG), **options)
+        by_itself = model.generate(row[None], **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
         assert torch.equal(got[-new:], by_itself[0, -new:])
 
 
@@ -83,10 +82,10 @@ def test_up_to_the_window_like_dynamic_cache(attention):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     def run(cache):
-        prompt = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        prompt = model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
         more, longer = tokens(4, 3), torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], 1)
         next_positions = positions[:, -1:] + 1 + torch.arange(4)
-        turn = model(more, attention_mask=longer, position_ids=next_positions, past_key_values=cache).logits
+        turn = model(more, attention_mask=longer, position_ids=next_positions, **{CACHE: cache}).logits
         return prompt[mask.bool()], turn
 
     plain = run(DynamicCache(config=model.config))
@@ -103,10 +102,10 @@ def test_buffers_stay_where_they_are():
     cache = FreqKVCache(model.config, CONFIG)
     rows = rows_of([N // 2, 3 * N, 5])
     ids, mask = padded(rows)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **{CACHE: cache})
     held = [buffer.data_ptr() for layer in cache.layers for buffer in (layer.keys, layer.values)]
     new = torch.tensor([[0] * 40 + [1] * 20, [1] * 60, [0] * 59 + [1]])
-    model(tokens(60, 3), attention_mask=torch.cat([mask, new], 1), past_key_values=cache)
+    model(tokens(60, 3), attention_mask=torch.cat([mask, new], 1), **{CACHE: cache})
     assert [buffer.data_ptr() for layer in cache.layers for buffer in (layer.keys, layer.values)] == held
 
 
@@ -115,14 +114,14 @@ def test_a_reset_cache_takes_more_rows_of_which_some_are_empty():
     model = tiny_llama(attention="sdpa")
     freqkv.patch(model)
     cache = FreqKVCache(model.config, CONFIG)
-    model(tokens(9, 2), past_key_values=cache)
+    model(tokens(9, 2), **{CACHE: cache})
     cache.reset()
     row = tokens(7)[0]
     ids, mask = padded([row[:0], row[:0], row, row[2:]])
-    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     assert torch.allclose(logits[2], alone(model, row), atol=2e-4)
     assert cache.batch_size == 4
-    more = model(tokens(3, 4), attention_mask=torch.cat([mask, mask.new_ones(4, 3)], 1), past_key_values=cache).logits
+    more = model(tokens(3, 4), attention_mask=torch.cat([mask, mask.new_ones(4, 3)], 1), **{CACHE: cache}).logits
     assert torch.allclose(more[0], alone(model, tokens(3, 4)[0]), atol=2e-4)
 
 
@@ -133,11 +132,11 @@ def test_a_graph_over_ragged_rows_keeps_its_entries():
     cache = FreqKVCache(model.config, CONFIG)
     ids, mask = padded(rows_of([4, 9]))
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
     longer = torch.cat([mask, mask.new_ones(2, 5)], 1)
-    loss = model(tokens(5, 2), attention_mask=longer, past_key_values=cache).logits.sum()
+    loss = model(tokens(5, 2), attention_mask=longer, **{CACHE: cache}).logits.sum()
     with torch.no_grad():
-        model(tokens(1, 2), attention_mask=torch.cat([longer, mask.new_ones(2, 1)], 1), past_key_values=cache)
+        model(tokens(1, 2), attention_mask=torch.cat([longer, mask.new_ones(2, 1)], 1), **{CACHE: cache})
     loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
@@ -160,7 +159,7 @@ def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
     model = tiny_llama(attention="sdpa", layers=3)
     freqkv.patch(model)
     ids, mask = padded(rows_of([20 * N, 20 * N - 7]))
-    model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG))
+    model(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)})
     assert len(most) > 20
     assert max(most) <= 5
 
@@ -183,7 +182,7 @@ def test_turns_with_padding_of_their_own(lengths, sides):
         rows = rows_of(brings, seed=10 * turn)
         ids, new = padded(rows, side)
         mask = torch.cat([mask, new], 1)
-        output = model(ids, attention_mask=mask, past_key_values=cache).logits
+        output = model(ids, attention_mask=mask, **{CACHE: cache}).logits
         for i, row in enumerate(rows):
             entered[i] = torch.cat([entered[i], row])
             logits[i].append(output[i][new[i].bool()])
@@ -225,7 +224,7 @@ def test_flex_attention():
     ids, mask = padded(rows)
     expected = [alone(model, row) for row in rows]
     model.config._attn_implementation = "flex_attention"
-    logits = model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+    logits = model(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
     for got, where, truth in zip(logits, mask.bool(), expected, strict=True):
         assert torch.allclose(got[where], truth, atol=2e-4)
 
@@ -240,12 +239,12 @@ def test_flash_attention(flash_attention, monkeypatch):  # noqa: F811
     expected = [alone(model, row) for row in rows]
     model.config._attn_implementation = "flash_attention_2"
     cache = FreqKVCache(model.config, CONFIG)
-    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     for got, where, truth in zip(logits, mask.bool(), expected, strict=True):
         assert torch.allclose(got[where], truth, atol=2e-4)
     more = tokens(5, len(rows), seed=9)
     longer = torch.cat([mask, torch.ones_like(more)], 1)
-    turn = model(more, attention_mask=longer, past_key_values=cache).logits
+    turn = model(more, attention_mask=longer, **{CACHE: cache}).logits
     model.config._attn_implementation = "eager"
     for row, new, got in zip(rows, more, turn, strict=True):
         assert torch.allclose(got, alone(model, torch.cat([row, new]))[-5:], atol=2e-4)
@@ -297,9 +296,9 @@ def test_families(family):
     ids, mask = padded(rows)
     options = {"max_new_tokens": N, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cache = FreqKVCache(model.config, CONFIG)
-    together = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    together = model.generate(ids, attention_mask=mask, **{CACHE: cache}, **options)
     for row, got in zip(rows, together, strict=True):
-        by_itself = model.generate(row[None], past_key_values=FreqKVCache(model.config, CONFIG), **options)
+        by_itself = model.generate(row[None], **{CACHE: FreqKVCache(model.config, CONFIG)}, **options)
         assert torch.equal(got[-N:], by_itself[0, -N:])
 
 
@@ -309,7 +308,7 @@ def test_attention_that_keeps_a_state_takes_no_turns():
     ids, mask = padded([row.clamp(3, 99) for row in rows_of([3, 9])])
     cache = FreqKVCache(model.config, CONFIG)
     with pytest.raises(ValueError, match="carries a state of its own"):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -321,16 +320,16 @@ def test_nan_stays_in_its_row():
     ids, mask = padded(rows)
     embeddings = model.get_input_embeddings()(ids)
     cache = FreqKVCache(model.config, CONFIG)
-    clean = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache).logits
+    clean = model(inputs_embeds=embeddings, attention_mask=mask, **{CACHE: cache}).logits
     cache.reset()
     spoiled = embeddings.clone()
     spoiled[1, -3] = float("nan")
-    logits = model(inputs_embeds=spoiled, attention_mask=mask, past_key_values=cache).logits
+    logits = model(inputs_embeds=spoiled, attention_mask=mask, **{CACHE: cache}).logits
     others = [0, 2, 3]
     assert torch.equal(logits[others], clean[others])
     assert logits[1, -1].isnan().all()
     cache.reset()
-    assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache).logits, clean)
+    assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask, **{CACHE: cache}).logits, clean)
 
 
 @torch.no_grad()
@@ -339,14 +338,14 @@ def test_masks_that_cannot_be():
     freqkv.patch(model)
     ids, mask = padded(rows_of([4, 9]))
     cache = FreqKVCache(model.config, CONFIG)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **{CACHE: cache})
     more = tokens(2, 2)
     changed = torch.cat([torch.ones_like(mask), torch.ones_like(more)], 1)
     with pytest.raises(ValueError, match="what was padding cannot be shown"):
-        model(more, attention_mask=changed, past_key_values=cache)
+        model(more, attention_mask=changed, **{CACHE: cache})
     longer = torch.cat([mask, torch.ones_like(more)], 1)
     with pytest.raises(ValueError, match="output_attentions: the weights of padded rows"):
-        model(more, attention_mask=longer, past_key_values=cache, output_attentions=True)
+        model(more, attention_mask=longer, **{CACHE: cache}, output_attentions=True)
     assert cache.row_tokens == [4, 9]
     assert not cache.is_spent
 
@@ -357,12 +356,12 @@ def test_another_batch_is_refused_with_or_without_a_mask():
     freqkv.patch(model)
     ids, mask = padded(rows_of([4, 9]))
     cache = FreqKVCache(model.config, CONFIG)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **{CACHE: cache})
     for batch in (1, 3):
         more = tokens(2, batch)
         for own in (None, torch.ones(batch, 11, dtype=torch.long)):
             with pytest.raises(ValueError, match=f"holds 2 rows, the input has {batch}"):
-                model(more, attention_mask=own, past_key_values=cache)
+                model(more, attention_mask=own, **{CACHE: cache})
     assert cache.row_tokens == [4, 9]
     assert not cache.is_spent
 
@@ -379,7 +378,7 @@ def test_calls_of_nothing_but_padding():
         ids = tokens(4, 2, seed=seed)
         parts.append((ids, torch.tensor(part)))
         mask = torch.cat([mask, parts[-1][1]], 1)
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
         if part is both:
             last = logits[:, -1]
             texts = [torch.cat([ids[row][real[row].bool()] for ids, real in parts]) for row in range(2)]
@@ -397,16 +396,16 @@ def test_a_patched_model_within_the_forward_of_another():
     ids, mask = padded(rows_of([4, 9]))
     prompt = tokens(9, 2, seed=8)
     expected = [
-        model(x, attention_mask=m, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+        model(x, attention_mask=m, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
         for model, x, m in ((outer, ids, mask), (inner, prompt, None))
     ]
     got = []
 
     def run_inner(*_):
-        got.append(inner(prompt, past_key_values=FreqKVCache(inner.config, CONFIG)).logits)
+        got.append(inner(prompt, **{CACHE: FreqKVCache(inner.config, CONFIG)}).logits)
 
     hooked = outer.model.layers[1].register_forward_pre_hook(run_inner)
-    whole = outer(ids, attention_mask=mask, past_key_values=FreqKVCache(outer.config, CONFIG)).logits
+    whole = outer(ids, attention_mask=mask, **{CACHE: FreqKVCache(outer.config, CONFIG)}).logits
     hooked.remove()
     assert torch.equal(whole, expected[0])
     assert torch.equal(got[0], expected[1])

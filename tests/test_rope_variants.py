@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 CONFIG = FreqKVConfig(29, 3, 0.5, 4)  # 22 entries between sinks and recents become 11
 N, SINKS, RECENT, STEP = 29, 3, 4, 11
@@ -183,14 +184,14 @@ def raw_entries(model, ids):
 
     def look(module, args, kwargs):
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        cache = "layer_past" if "layer_past" in call else "past_key_values"
+        cache = "layer_past" if "layer_past" in call else CACHE
         with pytest.raises(Caught) as entries:
             module.forward(**{**call, "position_embeddings": identity(call["position_embeddings"]), cache: Catcher()})
         caught.append(entries.value.args)
 
     for module in full_attention(model):
         hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-    model(ids, past_key_values=DynamicCache(config=model.config))
+    model(ids, **{CACHE: DynamicCache(config=model.config)})
     for hook in hooks:
         hook.remove()
     return caught
@@ -318,12 +319,12 @@ def test_generate_keeps_its_cache_beyond_the_length_at_which_frequencies_change(
     model, ids, new = model_of(name), text(9)[:1], ORIGINAL
     with freqkv.patch(model):
         cache = FreqKVCache(model.config, CONFIG)
-        answer = model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        answer = model.generate(ids, **{CACHE: cache}, max_new_tokens=new, do_sample=False, eos_token_id=None)
         by_hand = FreqKVCache(model.config, CONFIG)
-        logits = model(ids, past_key_values=by_hand).logits
+        logits = model(ids, **{CACHE: by_hand}).logits
         for _ in range(new):
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-            logits = model(ids[:, -1:], past_key_values=by_hand).logits
+            logits = model(ids[:, -1:], **{CACHE: by_hand}).logits
     assert ids.shape[1] > ORIGINAL + 1
     assert cache.tokens_seen == ids.shape[1] - 1
     assert torch.equal(answer, ids)

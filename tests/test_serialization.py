@@ -23,6 +23,7 @@ import freqkv
 from freqkv import CacheFileError, FreqKVCache, FreqKVConfig, UnsupportedModelError, serialization
 from freqkv.layer import FreqKVLayer
 from freqkv.serialization import METADATA_KEY
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -40,7 +41,7 @@ MODEL = patched()
 @torch.no_grad()
 def fed(model, length, batch=1, cache=None, seed=1):
     cache = FreqKVCache(model.config, CONFIG) if cache is None else cache
-    model(tokens(length, batch, seed).clamp(max=99), past_key_values=cache)
+    model(tokens(length, batch, seed).clamp(max=99), **{CACHE: cache})
     return cache
 
 
@@ -62,7 +63,7 @@ def assert_go_on_alike(model, one, two, folder, masks=(None,) * 4, batch=1):
     """Over a compression, in one call and token by token."""
     for turn, (length, mask) in enumerate(zip((1, 1, N, 3), masks, strict=True)):
         ids = tokens(length, batch, seed=100 + turn).clamp(min=3, max=99)
-        logits = [model(ids, attention_mask=mask, past_key_values=cache).logits for cache in (one, two)]
+        logits = [model(ids, attention_mask=mask, **{CACHE: cache}).logits for cache in (one, two)]
         assert torch.equal(*logits), turn
     assert one.tokens_seen == two.tokens_seen
     assert same_contents(one, two, model, folder)
@@ -96,11 +97,11 @@ def test_ragged_rows(attention, tmp_path):
     lengths = [1, 7, N, 3 * N + 5]
     mask = (torch.arange(lengths[-1]) >= lengths[-1] - torch.tensor(lengths)[:, None]).long()
     cache = FreqKVCache(model.config, CONFIG)
-    model(tokens(lengths[-1], 4), attention_mask=mask, past_key_values=cache)
+    model(tokens(lengths[-1], 4), attention_mask=mask, **{CACHE: cache})
     # rows that end at different places, so that there is padding beyond that of the longest row
     new = torch.tensor([[1, 1], [1, 1], [0, 1], [1, 0]])
     mask = torch.cat([mask, new], 1)
-    model(tokens(2, 4, seed=7), attention_mask=mask, past_key_values=cache)
+    model(tokens(2, 4, seed=7), attention_mask=mask, **{CACHE: cache})
     loaded = reloaded(cache, model, tmp_path)
     assert loaded.row_tokens == cache.row_tokens == [3, 9, N + 1, 3 * N + 6]
     assert loaded.tokens_seen == cache.tokens_seen == 3 * N + 7
@@ -116,7 +117,7 @@ def test_rows_that_became_equal(tmp_path):
     """After padding, all rows have as many tokens, which are fewer than the cache has seen."""
     cache = FreqKVCache(MODEL.config, CONFIG)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
-    MODEL(tokens(4, 2), attention_mask=mask, past_key_values=cache)
+    MODEL(tokens(4, 2), attention_mask=mask, **{CACHE: cache})
     loaded = reloaded(cache, MODEL, tmp_path)
     assert loaded.row_tokens == [3, 3]
     assert loaded.tokens_seen == 4
@@ -164,7 +165,7 @@ def test_ragged_rows_beside_sliding_layers(tmp_path):
     mask = torch.ones(2, 2 * N, dtype=torch.long)
     mask[0, : N + 4] = 0
     cache = FreqKVCache(model.config, CONFIG)
-    model(tokens(2 * N, 2).clamp(3, 99), attention_mask=mask, past_key_values=cache)
+    model(tokens(2 * N, 2).clamp(3, 99), attention_mask=mask, **{CACHE: cache})
     loaded = reloaded(cache, model, tmp_path)
     masks = [torch.cat([mask, torch.ones(2, n, dtype=torch.long)], 1) for n in (1, 2, N + 2, N + 5)]
     assert_go_on_alike(model, cache, loaded, tmp_path, masks, batch=2)
@@ -203,7 +204,7 @@ def test_saving_anywhere_changes_nothing(tmp_path_factory, before, after, attent
                 cache = reloaded(cache, model, folder)
                 assert cache.tokens_seen == sum(before)
             call = ids[:, start : start + length]
-            assert torch.equal(*(model(call, past_key_values=each).logits for each in (plain, cache)))
+            assert torch.equal(*(model(call, **{CACHE: each}).logits for each in (plain, cache)))
             start += length
         assert same_contents(plain, cache, model, folder)
 
@@ -228,7 +229,7 @@ def test_ragged_rows_have_files_of_that_size_too(tmp_path):
     mask = torch.ones(3, 3 * N, dtype=torch.long)
     mask[0, : 2 * N] = mask[1, :5] = 0
     with torch.no_grad():
-        MODEL(tokens(3 * N, 3), attention_mask=mask, past_key_values=cache)
+        MODEL(tokens(3 * N, 3), attention_mask=mask, **{CACHE: cache})
     cache.save(tmp_path / "ragged", MODEL)
     assert (tmp_path / "even").stat().st_size == (tmp_path / "ragged").stat().st_size
 
@@ -237,7 +238,7 @@ def test_ragged_rows_have_files_of_that_size_too(tmp_path):
 def test_only_entries_in_use_are_stored(tmp_path):
     """Not what a crop took back, and the same state gives the same bytes."""
     cache, straight = fed(MODEL, N - 5), fed(MODEL, N - 5)
-    MODEL(tokens(4, seed=9), past_key_values=cache)
+    MODEL(tokens(4, seed=9), **{CACHE: cache})
     cache.crop(-4)
     assert same_contents(cache, straight, MODEL, tmp_path)
     with safe_open(tmp_path / "one", "pt") as file:
@@ -289,13 +290,13 @@ def test_only_new_tokens_after_loading(tmp_path):
     prompt, new = tokens(N + 5), tokens(7, seed=5)
     with freqkv.patch(MODEL, CONFIG):
         output = MODEL.generate(prompt, return_dict_in_generate=True, **options)
-    cache = output.past_key_values
+    cache = output[CACHE]
     turn = torch.cat([output.sequences, new], 1)
     loaded = reloaded(cache, MODEL, tmp_path)
     fresh = turn[:, cache.tokens_seen :]
     mask = fresh.new_ones(turn.shape)
-    answer = MODEL.generate(fresh, attention_mask=mask, past_key_values=loaded, **options)
-    expected = MODEL.generate(turn, past_key_values=cache, **options)
+    answer = MODEL.generate(fresh, attention_mask=mask, **{CACHE: loaded}, **options)
+    expected = MODEL.generate(turn, **{CACHE: cache}, **options)
     assert torch.equal(answer[:, fresh.shape[1] :], expected[:, turn.shape[1] :])
 
 
@@ -303,11 +304,11 @@ def test_generate_goes_on(tmp_path):
     options = {"max_new_tokens": 2 * N, "do_sample": False}
     prompt = tokens(N + 5)
     cache = FreqKVCache(MODEL.config, CONFIG)
-    first = MODEL.generate(prompt, past_key_values=cache, **options)
+    first = MODEL.generate(prompt, **{CACHE: cache}, **options)
     turn = torch.cat([first, tokens(7, seed=5)], 1)
     loaded = reloaded(cache, MODEL, tmp_path)
-    expected = MODEL.generate(turn, past_key_values=cache, **options)
-    assert torch.equal(MODEL.generate(turn, past_key_values=loaded, **options), expected)
+    expected = MODEL.generate(turn, **{CACHE: cache}, **options)
+    assert torch.equal(MODEL.generate(turn, **{CACHE: loaded}, **options), expected)
 
 
 @torch.no_grad()
@@ -318,7 +319,7 @@ def test_inference_mode_and_autograd(tmp_path):
     assert_go_on_alike(MODEL, cache, loaded, tmp_path)
     with torch.enable_grad():
         attached = FreqKVCache(MODEL.config, CONFIG)
-        MODEL(tokens(N + 3), past_key_values=attached)
+        MODEL(tokens(N + 3), **{CACHE: attached})
         loaded = reloaded(attached, MODEL, tmp_path)
     assert not loaded.layers[0].keys.requires_grad
     assert_go_on_alike(MODEL, fed(MODEL, N + 3), loaded, tmp_path)

@@ -10,6 +10,8 @@ import speed
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from freqkv.upstream import CACHE
+
 SMALL = [
     "--shape", "small", "--window", "64", "--rounds", "1", "--tokens", "4", "--lengths", "2", "3",
     "--transforms", "61", "64", "--batches", "1", "3", "--device", "cpu",
@@ -125,7 +127,7 @@ def test_what_is_timed_again_is_the_same_work():
     model = speed.patched_model(args)
     plain = speed.dynamic(args, model, 60)
     ours = speed.FreqKVCache(model.config, window=64)
-    model(speed.text(args, 60), past_key_values=ours)
+    model(speed.text(args, 60), **{CACHE: ours})
     times = speed.again_and_again(model, {"plain": plain, "ours": ours}, speed.text(args, 4), 2, "")
     assert {name: len(seconds) for name, seconds in times.items()} == {"plain": 8, "ours": 8}
     assert all(second > 0 for seconds in times.values() for second in seconds)

@@ -13,6 +13,7 @@ from transformers import CompileConfig
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -32,7 +33,7 @@ def patched(family="llama", attention="sdpa"):
 
 def generate(model, ids, static, cache=None, **options):
     cache = FreqKVCache(model.config, CONFIG, static=static) if cache is None else cache
-    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **OPTIONS, **options), cache
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, **OPTIONS, **options), cache
 
 
 def check_equal(got, expected):
@@ -97,7 +98,7 @@ def test_one_graph_serves_all_tokens(way, graphs):
             for step in range(NEW):
                 new = rows[:, -1:] if step else rows
                 mask = torch.ones_like(rows)
-                logits = compiled(new, past_key_values=cache, attention_mask=mask).logits[:, -1]
+                logits = compiled(new, **{CACHE: cache}, attention_mask=mask).logits[:, -1]
                 assert torch.allclose(logits, expected.logits[step], atol=2e-4)
                 rows = torch.cat([rows, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(rows, expected.sequences)
@@ -132,7 +133,7 @@ def test_padded_rows_go_the_ordinary_way(lengths):
         model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=FreqKVCache(model.config, CONFIG, static=static),
+            **{CACHE: FreqKVCache(model.config, CONFIG, static=static)},
             max_new_tokens=NEW,
             do_sample=False,
         )
@@ -150,7 +151,7 @@ def test_turns_crops_and_copies():
 
     def feed(length, seed):
         ids = tokens(length, 2, seed=seed)
-        one, two = (model(ids, past_key_values=cache).logits for cache in (static, other))
+        one, two = (model(ids, **{CACHE: cache}).logits for cache in (static, other))
         assert torch.allclose(one, two, atol=2e-4)
 
     feed(N - 1, 1)
@@ -173,7 +174,7 @@ def test_beams():
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=FreqKVCache(model.config, CONFIG, static=static),
+            **{CACHE: FreqKVCache(model.config, CONFIG, static=static)},
             max_new_tokens=N,
             num_beams=3,
             do_sample=False,
@@ -190,22 +191,22 @@ def test_a_token_that_breaks_off(at):
     cache = FreqKVCache(model.config, CONFIG, static=True)
     ids = tokens(at + 3)
     with torch.no_grad():
-        expected = model(ids, past_key_values=FreqKVCache(model.config, CONFIG)).logits
-        model(ids[:, :at], past_key_values=cache)
+        expected = model(ids, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
+        model(ids[:, :at], **{CACHE: cache})
 
         def broken(*_):
             raise KeyboardInterrupt
 
         hook = model.model.layers[1].register_forward_pre_hook(broken)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, at : at + 1], past_key_values=cache)
+            model(ids[:, at : at + 1], **{CACHE: cache})
         hook.remove()
         for call in (ids[:, at : at + 1], ids[:, at:]):
             with pytest.raises(RuntimeError, match="spent"):
-                model(call, past_key_values=cache)
+                model(call, **{CACHE: cache})
         cache.reset()
-        model(ids[:, :at], past_key_values=cache)
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(at, at + 3)]
+        model(ids[:, :at], **{CACHE: cache})
+        steps = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(at, at + 3)]
     assert torch.allclose(torch.cat(steps, 1), expected[:, at:], atol=2e-4)
 
 
@@ -213,13 +214,13 @@ def test_a_token_that_breaks_off(at):
 def test_a_loaded_cache(tmp_path):
     model = patched()
     cache = FreqKVCache(model.config, CONFIG, static=True)
-    model(tokens(2 * N, 2), past_key_values=cache)
+    model(tokens(2 * N, 2), **{CACHE: cache})
     cache.save(tmp_path / "cache", model)
     loaded = FreqKVCache.load(tmp_path / "cache", model, static=True)
     assert loaded.is_compileable
     for seed in range(N):
         ids = tokens(1, 2, seed=seed)
-        one, two = (model(ids, past_key_values=each).logits for each in (cache, loaded))
+        one, two = (model(ids, **{CACHE: each}).logits for each in (cache, loaded))
         assert torch.equal(one, two)
 
 

@@ -16,6 +16,7 @@ from transformers import TrainingArguments as Arguments
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
+from freqkv.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -66,7 +67,7 @@ def test_one_forward_is_streaming_and_the_float64_loop(attention, side):
     model.train()
     training = model(ids, attention_mask=mask).logits
     model.eval()
-    streamed = model(ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+    streamed = model(ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
     for row, where, *logits in zip(rows, mask.bool(), whole, training, streamed, strict=True):
         truth = torch.from_numpy(llama_logits(model, row, N, 3, 0.5, 2))
         for got in logits:
@@ -350,7 +351,7 @@ def answers(model):
     return [
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()],
         model(
-            input_ids=ids, attention_mask=mask, past_key_values=FreqKVCache(model.config, CONFIG)
+            input_ids=ids, attention_mask=mask, **{CACHE: FreqKVCache(model.config, CONFIG)}
         ).logits[mask.bool()],
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=N, do_sample=False),
     ]  # fmt: skip
@@ -476,11 +477,11 @@ def test_a_conversation_with_an_adapter_is_saved(tmp_path):
     freqkv.patch(model, CONFIG)
     cache = FreqKVCache(model.config, CONFIG)
     with torch.no_grad():
-        model(tokens(2 * N), past_key_values=cache)
+        model(tokens(2 * N), **{CACHE: cache})
         cache.save(tmp_path / "talk.safetensors", model)
         again = FreqKVCache.load(tmp_path / "talk.safetensors", model)
         more = tokens(N, seed=5)
-        assert torch.equal(model(more, past_key_values=again).logits, model(more, past_key_values=cache).logits)
+        assert torch.equal(model(more, **{CACHE: again}).logits, model(more, **{CACHE: cache}).logits)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.mul_(1.1)
@@ -586,7 +587,7 @@ def test_trainer_evaluates_what_streaming_gives(tmp_path):
     model = trainer.model.eval()
     rows = Rows(3).rows
     with torch.no_grad():
-        logits = model(rows, past_key_values=FreqKVCache(model.config, CONFIG)).logits
+        logits = model(rows, **{CACHE: FreqKVCache(model.config, CONFIG)}).logits
     assert loss == pytest.approx(
         nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item(), abs=1e-4
     )

@@ -1,0 +1,228 @@
+"""What transformers calls things: the one module to change when a release renames something FreqKV leans on.
+
+Names are listed newest first. `missing()` compares what is installed with what FreqKV needs; `freqkv.patch` and
+`freqkv.supported` ask it first, so that a release that took something away is refused instead of giving wrong numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+__all__ = [
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "ATTENTION_CACHE_NAMES",
+    "CACHE",
+    "CACHE_NAMES",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "GenerationMixin",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionLayer",
+    "PREPARE_CACHE",
+    "PREPARE_INPUTS",
+    "TESTED",
+    "cache_name",
+    "cache_of",
+    "causal_mask",
+    "eager_mask",
+    "frequencies",
+    "missing",
+    "outdated",
+    "renamed",
+    "sdpa_mask",
+]
+
+# The oldest and the newest release that FreqKV is tested with; README says the same.
+TESTED = "5.17", "5.24"
+
+# What models, mask functions and `generate` call their cache argument, and models the cache in their outputs.
+CACHE_NAMES = "cache", "past_key_values"
+# Attention modules that are older than these names have one more.
+ATTENTION_CACHE_NAMES = *CACHE_NAMES, "layer_past"
+# Methods of a model that `generate` calls before its first forward and before each one.
+PREPARE_CACHE = "_prepare_cache_for_generation"
+PREPARE_INPUTS = "prepare_inputs_for_generation"
+# Buffers of rotary modules: frequencies, or a table of all positions, `[sin | cos]`; and the frequencies that a RoPE type
+# started from which changes them with the length of its input.
+FREQUENCIES = "inv_freq"
+SINUSOIDS = "embed_positions"
+ORIGINAL_FREQUENCIES = "original_inv_freq"
+
+# The first parameters of what FreqKV calls or overrides: name of the module, of the function in it, its parameters, in which
+# `CACHE` stands for any of CACHE_NAMES.
+SEAM = (
+    ("cache_utils", "Cache.__init__", ("self", "layers")),
+    ("cache_utils", "Cache.update", ("self", "key_states", "value_states", "layer_idx", "args", "kwargs")),
+    ("cache_utils", "Cache.get_mask_sizes", ("self", "query_length", "layer_idx")),
+    ("cache_utils", "Cache.get_query_offset", ("self", "layer_idx")),
+    ("cache_utils", "Cache.get_seq_length", ("self", "layer_idx")),
+    ("cache_utils", "Cache.crop", ("self", "tokens_to_remove")),
+    ("cache_utils", "Cache.reorder_cache", ("self", "beam_idx")),
+    ("cache_utils", "Cache.batch_repeat_interleave", ("self", "repeats")),
+    ("cache_utils", "Cache.batch_select_indices", ("self", "indices")),
+    ("cache_utils", "Cache.activate_past_recording", ("self",)),
+    ("cache_utils", "Cache.update_conv_state", ("self", "conv_states", "layer_idx")),
+    ("cache_utils", "Cache.update_recurrent_state", ("self", "recurrent_states", "layer_idx")),
+    ("cache_utils", "CacheLayerMixin.update", ("self", "key_states", "value_states", "args", "kwargs")),
+    ("cache_utils", "CacheLayerMixin.lazy_initialization", ("self", "key_states", "value_states")),
+    ("cache_utils", "CacheLayerMixin.get_mask_sizes", ("self", "query_length")),
+    ("cache_utils", "LinearAttentionLayer.update_conv_state", ("self", "conv_states", "state_idx")),
+    ("cache_utils", "LinearAttentionAndFullAttentionLayer.crop", ("self", "tokens_to_remove")),
+    ("cache_utils", "DynamicCache.__init__", ("self", "ddp_cache_data", "config")),
+    ("masking_utils", "create_causal_mask", ("config", "inputs_embeds", "attention_mask", "CACHE", "position_ids")),
+    ("masking_utils", "eager_mask", ("batch_size",)),
+    ("masking_utils", "sdpa_mask", ("batch_size",)),
+    ("generation", f"GenerationMixin.{PREPARE_CACHE}", ("self", "generation_config", "model_kwargs")),
+    ("generation", f"GenerationMixin.{PREPARE_INPUTS}", ("self", "input_ids", "next_sequence_length", "CACHE")),
+    (
+        "models.llama.modeling_llama",
+        "LlamaForCausalLM.forward",
+        ("self", "input_ids", "attention_mask", "position_ids"),
+    ),
+    ("models.llama.modeling_llama", "LlamaAttention.forward", ("self", "hidden_states", "position_embeddings")),
+    ("models.llama.modeling_llama", "LlamaRotaryEmbedding.forward", ("self", "x", "position_ids")),
+)
+# What a class that derives from transformers' own layer must define.
+LAYER_METHODS = frozenset({"lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"})
+
+
+def _find(module: str, name: str) -> Any:
+    """An object of transformers; None where there is none."""
+    try:
+        found: Any = importlib.import_module(f"transformers.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _class(module: str, name: str) -> Any:
+    """A class to derive from; one that has nothing where it is missing, which `missing` tells."""
+    return _find(module, name) or type(name, (), {})
+
+
+Cache = _class("cache_utils", "Cache")
+CacheLayerMixin = _class("cache_utils", "CacheLayerMixin")
+DynamicCache = _class("cache_utils", "DynamicCache")
+DynamicLayer = _class("cache_utils", "DynamicLayer")
+LinearAttentionLayer = _class("cache_utils", "LinearAttentionLayer")
+LinearAttentionAndFullAttentionLayer = _class("cache_utils", "LinearAttentionAndFullAttentionLayer")
+GenerationMixin = _class("generation", "GenerationMixin")
+ALL_MASK_ATTENTION_FUNCTIONS = _find("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
+eager_mask = _find("masking_utils", "eager_mask")
+sdpa_mask = _find("masking_utils", "sdpa_mask")
+_create_causal_mask = _find("masking_utils", "create_causal_mask")
+
+
+def _parameters(function: Any) -> list[str]:
+    return [] if function is None else list(inspect.signature(function).parameters)
+
+
+def cache_name(parameters: Collection[str], names: tuple[str, ...] = CACHE_NAMES) -> str | None:
+    """What a function with these parameters calls its cache; None if it takes none."""
+    return next((name for name in names if name in parameters), None)
+
+
+CACHE = cache_name(_parameters(_create_causal_mask)) or CACHE_NAMES[0]
+"""What the installed transformers calls the cache: `model(**{CACHE: cache})` works with every release."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model, under whichever name it came; None without one.
+
+    Raises
+    ------
+    ValueError
+        If two different ones came under two names.
+    """
+    given = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
+    caches = list(given.values())
+    if len(caches) > 1 and caches[0] is not caches[1]:
+        raise ValueError(f"{' and '.join(given)} are two names of one argument, and name two caches: pass one of them")
+    return caches[0] if caches else None
+
+
+def renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """`arguments` with the cache called `name`.
+
+    Releases that renamed it take the former name too, but warn, and some of their models drop it without a word.
+    """
+    if not any(other in arguments for other in CACHE_NAMES if other != name):
+        return arguments
+    cache = cache_of(arguments)
+    return {**{key: value for key, value in arguments.items() if key not in CACHE_NAMES}, name: cache}
+
+
+def causal_mask(config: Any, hidden_states: Tensor, attention_mask: Any, cache: Any, and_mask: Any = None) -> Any:
+    """The mask of full attention, as the attention implementation of `config` takes it.
+
+    Parameters
+    ----------
+    hidden_states : Tensor
+        `(batch, tokens, ...)`, of which shape, dtype and device are read.
+    attention_mask : Tensor or None
+        `(batch, entries)` bool: which entries are no padding.
+    cache : object
+        Tells the number of entries (`get_mask_sizes`) and of those that stand before the tokens (`get_query_offset`).
+    and_mask : callable, optional
+        `(batch, head, query, entry) -> bool`: a further condition.
+    """
+    return _create_causal_mask(config, hidden_states, attention_mask, cache, and_mask_function=and_mask)
+
+
+def frequencies(rotary: nn.Module) -> str | None:
+    """The name of the buffer from which a rotary module computes its embeddings; None if it has none."""
+    names = [name for name, _ in rotary.named_buffers(recurse=False)]
+    return next((name for name in names if name.endswith((FREQUENCIES, SINUSOIDS))), None)
+
+
+@functools.cache
+def missing() -> tuple[str, ...]:
+    """What FreqKV needs of transformers and the installed release has not, in words."""
+    lacks = []
+    for module, name, wanted in SEAM:
+        function = _find(module, name)
+        if function is None:
+            lacks.append(f"transformers.{module}.{name} is not there")
+            continue
+        has = _parameters(function)[: len(wanted)]
+        matches = len(has) == len(wanted) and all(
+            mine in CACHE_NAMES if ours == "CACHE" else mine == ours for mine, ours in zip(has, wanted, strict=True)
+        )
+        if not matches:
+            lacks.append(f"transformers.{module}.{name} takes ({', '.join(has)}, ...), not ({', '.join(wanted)}, ...)")
+    undefined = set(getattr(CacheLayerMixin, "__abstractmethods__", ())) - LAYER_METHODS
+    if undefined:
+        lacks.append(f"CacheLayerMixin asks layers for {', '.join(sorted(undefined))}")
+    if "and_mask_function" not in _parameters(_create_causal_mask):
+        lacks.append("create_causal_mask takes no and_mask_function")
+    if ALL_MASK_ATTENTION_FUNCTIONS is None or not {"eager", "sdpa"} <= set(ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()):
+        lacks.append("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS has no masks for eager and sdpa")
+    attention = _parameters(_find("models.llama.modeling_llama", "LlamaAttention.forward"))
+    if cache_name(attention) is None:
+        lacks.append(f"attention modules take none of {', '.join(CACHE_NAMES)}")
+    if not lacks:
+        mask = torch.empty(1, 1, 1, 0)
+        config = transformers.LlamaConfig(attn_implementation="eager")
+        if causal_mask(config, torch.empty(1, 2, 0), mask, None) is not mask:
+            lacks.append("create_causal_mask does not take a mask of four dimensions as it is")
+    return tuple(lacks)
+
+
+def outdated(lacks: Collection[str]) -> str:
+    """Why nothing can be patched, for an error message."""
+    return (
+        f"transformers {transformers.__version__} is not what FreqKV was written for: {'; '.join(lacks)}. It is tested with "
+        f"transformers {TESTED[0]} to {TESTED[1]}: install one of these, or a newer FreqKV"
+    )
