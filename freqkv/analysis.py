@@ -25,6 +25,7 @@ from freqkv.cache import Everywhere, FreqKVCache, UnsupportedModelError
 from freqkv.config import FreqKVConfig
 from freqkv.families import FamilyRule, rule_for
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
+from freqkv.observation import NOT_GIVEN, embeddings_given
 from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
 from freqkv.upstream import (
     ATTENTION_CACHE_NAMES,
@@ -33,6 +34,7 @@ from freqkv.upstream import (
     LinearAttentionAndFullAttentionLayer,
     cache_name,
     frequencies,
+    is_rotary,
     missing,
     outdated,
 )
@@ -206,16 +208,19 @@ class _Analyst:
         compressed = {index for index, layer in enumerate(cache.layers) if isinstance(layer, FreqKVLayer)}
         layer_types = getattr(self.text_config, "layer_types", None) or []
         full_types = {layer_types[index] for index in compressed if index < len(layer_types)}
-        if not self.rule.unrotated and not any(_is_rotary(m) or _has_sinusoids(m) for m in decoder.modules()):
+        if not self.rule.unrotated and not any(is_rotary(m) or _has_sinusoids(m) for m in decoder.modules()):
             raise self.refuse(NO_ROTATION)
-        layers = []
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
+        chosen = []
         for name, module in attentions.items():
             own = getattr(module, "layer_idx", None)
             index = own if isinstance(own, int) and "layer_idx" not in _parameters(module) else min(compressed)
             reads_shared = bool(getattr(module, "is_kv_shared_layer", False))
             if index in compressed or (reads_shared and layer_types[index] in full_types):
-                layer = self._layer(name, module, index, reads_shared, cache)
-                layers += [] if layer is None else [layer]
+                chosen.append((name, module, index, reads_shared))
+        given = self._embeddings_given(decoder, prefix, [name for name, *_ in chosen])
+        found_layers = (self._layer(*each, cache, given[each[0]]) for each in chosen)
+        layers = [layer for layer in found_layers if layer is not None]
         several = any(set(INDEX_ARGUMENTS) & set(_parameters(layer.module)) for layer in layers)
         found = {layer.layer_idx for layer in layers if not layer.reads_shared}
         if found != compressed and not (layers and several):
@@ -227,8 +232,7 @@ class _Analyst:
             raise self.refuse(f"lets tokens see later ones in {bidirectional[0]} (is_causal=False)")
         self._check_positions(decoder, layers)
         others = {index: type(layer).__name__ for index, layer in enumerate(cache.layers) if index not in compressed}
-        name = next(name for name, module in self.model.named_modules() if module is decoder)
-        around = [module for module in _around(self.model, name) if _is_decoder(module)] if name else []
+        around = [module for module in _around(self.model, prefix) if _is_decoder(module)] if prefix else []
         return Analysis(decoder, around, layers, others)
 
     def _find_decoder(self) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -256,10 +260,10 @@ class _Analyst:
         return ours[0]
 
     def _layer(
-        self, name: str, module: nn.Module, index: int, reads_shared: bool, cache: FreqKVCache
+        self, name: str, module: nn.Module, index: int, reads_shared: bool, cache: FreqKVCache, given: Any
     ) -> AttentionLayer | None:
         parameters = _parameters(module)
-        rotary = self._rotary(name, module, index)
+        rotary = self._rotary(name, module, index, given)
         positions = next((p for p in ("position_embeddings", "position_ids") if p in parameters), "")
         if rotary is None:
             positions = ""
@@ -296,13 +300,82 @@ class _Analyst:
             ) from error
         return replace(layer, rotation=rotation, keeps_state=keeps_state)
 
-    def _rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
+    def _slots(self, device: torch.device) -> Tensor:
+        """The slots that tokens are replayed at."""
+        context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
+        return torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
+
+    def _embeddings_given(self, decoder: nn.Module, prefix: str, names: list[str]) -> dict[str, Any]:
+        """What the decoder gives the layers around attention modules, see `freqkv.observation`."""
+        device = _execution_device(self.model, prefix) or next(
+            (tensor.device for tensor in self.model.buffers() if not tensor.is_meta), torch.device("cpu")
+        )
+        inside = {name: name.removeprefix(f"{prefix}.") for name in names}
+        try:
+            found = embeddings_given(
+                decoder, list(inside.values()), self._slots(device), self.text_config.hidden_size, self.model.dtype
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self._has_no_weights():  # to be looked at again where they are there
+                return dict.fromkeys(names, NOT_GIVEN)
+            raise self.refuse(
+                f"could not be looked at: {type(decoder).__name__}, run by itself, raised {type(error).__name__}: {error}"
+            ) from error
+        return {name: found[inner] for name, inner in inside.items()}
+
+    def _has_no_weights(self) -> bool:
+        return any(
+            parameter.is_meta and _execution_device(self.model, name.rpartition(".")[0]) is None
+            for name, parameter in self.model.named_parameters()
+        )
+
+    def _rotary(self, name: str, module: nn.Module, index: int, given: Any) -> Rotary | None:
+        """Where the embeddings that the decoder gives a layer come from; None if it gives none."""
+        nearest = self._nearest_rotary(name, module, index)
+        if given is NOT_GIVEN or "position_embeddings" not in _parameters(module):
+            return nearest
+        if given is None:
+            return None
+        for rotary in ([] if nearest is None else [nearest], self._all_rotaries()):
+            for each in rotary:
+                if self._gives(each, given):
+                    return each
+        raise self.refuse(f"gives {name} position embeddings that come from none of its rotary modules as they are")
+
+    def _all_rotaries(self) -> Iterator[Rotary]:
+        types = dict.fromkeys(getattr(self.text_config, "layer_types", None) or ())
+        for owner in self.model.modules():
+            for name, child in owner.named_children():
+                if is_rotary(child):
+                    by_type = "layer_type" in inspect.signature(child.forward).parameters
+                    yield from (Rotary(owner, name, kind) for kind in (types if by_type else (None,)))
+
+    def _gives(self, rotary: Rotary, given: Any) -> bool:
+        """Whether a rotary module makes these embeddings of the replayed slots."""
+        tensors = (given,) if isinstance(given, Tensor) else tuple(given)
+        slots = self._slots(tensors[0].device)
+        try:
+            table = rotary.table(int(slots[-1]) + 1, tensors[0].device)
+        except (ValueError, AttributeError):  # it has none for this type of layers
+            return False
+        if table.native is None:
+            return False
+        own = table.embeddings(slots, tensors[0].dtype)
+        own = (own,) if isinstance(own, Tensor) else own
+        return len(own) == len(tensors) and all(
+            a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=4 * torch.finfo(a.dtype).eps)
+            for a, b in zip(own, tensors, strict=True)
+        )
+
+    def _nearest_rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
         """The nearest rotary module, in the attention module or in what is around it."""
         for owner in (module, *_around(self.model, name)):
             if _has_sinusoids(owner) and "position_ids" in _parameters(module):
                 return Rotary(owner, SINUSOIDS)
             for child_name, child in owner.named_children():
-                if _is_rotary(child):
+                if is_rotary(child):
                     types = getattr(self.text_config, "layer_types", None)
                     if "layer_type" not in inspect.signature(child.forward).parameters or not types:
                         return Rotary(owner, child_name)
@@ -315,7 +388,7 @@ class _Analyst:
         if any(layer.rotation is not None for layer in layers) or self.rule.unrotated:
             return
         # Where full attention layers know no positions, layers of another kind that have RoPE do (Cohere 2, EXAONE 4).
-        if not any(_is_rotary(module) for module in decoder.modules()):
+        if not any(is_rotary(module) for module in decoder.modules()):
             raise self.refuse(NO_ROTATION)
 
     @torch.no_grad()
@@ -339,8 +412,7 @@ class _Analyst:
     def _measure(
         self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> tuple[KeyRotation | None, bool]:
-        context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
-        slots = torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
+        slots = self._slots(device)
         table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
         width = getattr(module, "attention_hidden_size", None) or self.text_config.hidden_size
         hidden = torch.randn(1, len(slots), width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -450,10 +522,6 @@ def _is_attention(module: nn.Module) -> bool:
 def _is_decoder(module: nn.Module) -> bool:
     parameters = _parameters(module)
     return "input_ids" in parameters and cache_name(parameters) is not None
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return frequencies(module) is not None and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _has_sinusoids(module: nn.Module) -> bool:

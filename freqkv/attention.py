@@ -9,10 +9,8 @@ to check the arguments of a call once and to keep it from building a mask over t
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, dense_mask, un
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
+from freqkv.methods import Method, Replacement, replace_method, replacements, restore_methods
 from freqkv.ragged import Packing, RaggedRound
 from freqkv.rotary import SlotRotation, SlotTable
 from freqkv.schedule import Schedule, Segment
@@ -124,15 +123,12 @@ def unpatch(model: nn.Module) -> None:
     ValueError
         If the model is not patched.
     """
-    wrapped = [(module, name, wrapper) for module, name, wrapper in _wrappers(model)]
-    if not wrapped:
+    shared = _find_shared(model)
+    if shared is None:
         raise ValueError("this model is not patched")
-    for module, name, wrapper in wrapped:
-        wrapper.shared.config = None  # for those who keep the wrapper elsewhere
-        if name == wrapper.name and wrapper.replaced is None:
-            del module.__dict__[name]
-        else:  # the instance had a forward of its own before, or somebody has wrapped ours since
-            module.__dict__[name] = wrapper.original
+    shared.config = None
+    for module in {module for module, _ in replacements(model)}:
+        restore_methods(module)
 
 
 class Patch:
@@ -352,21 +348,17 @@ class _Behind:
         return self.held + query_length, 0
 
 
-class _Wrapper:
-    """Stands in for a method of one instance."""
+class _Wrapper(Replacement):
+    """A method of a patched model."""
 
-    def __init__(self, owner: Any, name: str, shared: _Shared) -> None:
+    def __init__(self, owner: nn.Module, shared: _Shared) -> None:
+        super().__init__(owner)
         self.shared = shared
-        self.name = name
-        self.replaced = owner.__dict__.get(name)
-        self.original: Callable[..., Any] = getattr(owner, name)
-        self.parameters = list(inspect.signature(self.original).parameters)
         self.cache_name = cache_name(self.parameters) or CACHE
-        self.__wrapped__ = self.original  # what inspect.signature reads
-        self.__name__ = name
 
-    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
+    def leaves_alone(self, cache: Any) -> bool:
+        """Whether FreqKV has nothing to do with a call that brings this cache, or None."""
+        return not isinstance(cache, FreqKVCache) and (cache is not None or self.shared.config is None)
 
 
 class _Part(NamedTuple):
@@ -386,31 +378,31 @@ class _Part(NamedTuple):
 
 class _AttentionForward(_Wrapper):
     def __init__(self, layer: AttentionLayer, shared: _Shared) -> None:
-        super().__init__(layer.module, "forward", shared)
+        super().__init__(layer.module, shared)
         self.layer = layer
         self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
         if isinstance(cache, FreqKVCache):
             if cache.stepping is not None:
-                return self.original(**{**kwargs, **self._stepping(kwargs, cache)})
+                return original(**{**kwargs, **self._stepping(kwargs, cache)})
             if cache.forward_start is not None:
-                return self._in_segments(kwargs, cache)
+                return self._in_segments(original, kwargs, cache)
         mode = _mode(kwargs.get("attention_mask"))
         ours = mode == UNCACHED or not self.shared.makes_all_masks
         if cache is None and ours and self.shared.config is not None:
-            return self._in_segments(kwargs, None)
+            return self._in_segments(original, kwargs, None)
         if mode is not None or isinstance(cache, FreqKVCache):
             raise RuntimeError(
                 "only a part of this model is patched, or it was unpatched between forward and backward: call "
                 "freqkv.patch(model) on the whole model, before the forward"
             )
-        return self.original(**kwargs)
+        return original(**kwargs)
 
-    def _in_segments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> Any:
+    def _in_segments(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache | None) -> Any:
         """Run the module over its tokens in segments, or rounds of ragged rows, that fit the free entries."""
         hidden_states: Tensor = kwargs["hidden_states"]
         tokens = hidden_states.shape[1]
@@ -448,7 +440,7 @@ class _AttentionForward(_Wrapper):
             else:
                 holder.announce(part.entering)
             try:
-                output = self.original(**call)
+                output = original(**call)
             finally:
                 holder.withdraw()
             if shared_kv is not None and not self.layer.reads_shared and len(parts) > 1:
@@ -599,28 +591,34 @@ class _ModelForward(_Wrapper):
     """
 
     def __init__(self, module: nn.Module, shared: _Shared) -> None:
-        super().__init__(module, "forward", shared)
+        super().__init__(module, shared)
         self.module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self.named(args, kwargs)
-        cache = cache_of(kwargs)
+    def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
+        named = self.named(args, kwargs)
+        cache = cache_of(named)
+        if self.leaves_alone(cache):
+            self._check_other(cache)
+            return original(*args, **kwargs)
         if isinstance(cache, FreqKVCache):
-            kwargs = renamed(kwargs, self.cache_name)
+            named = renamed(named, self.cache_name)
             if cache.stepping is not None and cache.stepping is not self:  # the model around this one began it
-                return self._step(kwargs, cache)
+                return self._step(original, named, cache)
             if cache.static:
-                return self._static(kwargs, cache)
+                return self._static(original, named, cache)
             if torch.compiler.is_compiling():
-                return self._uncompiled(kwargs, warn=True)
-        return self._called(kwargs)
+                return self._uncompiled(original, named, warn=True)
+        return self._called(original, named)
 
-    def _static(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+    def _check_other(self, cache: Any) -> None:
+        """Raise ValueError where a call with another cache, or None, could not be left alone."""
+
+    def _static(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
         """A call with a cache for compiled graphs: a single token has one, all else is not compiled."""
         if not self._begins_step(kwargs, cache):
-            return self._uncompiled(kwargs)
+            return self._uncompiled(original, kwargs)
         try:
-            output = self._step(kwargs, cache)
+            output = self._step(original, kwargs, cache)
         except BaseException:
             cache.abort_step()
             raise
@@ -658,46 +656,47 @@ class _ModelForward(_Wrapper):
         cache.begin_step(self, lambda: self.shared.rotations(cache, inputs.device))
         return True
 
-    def _step(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
-        return self.original(**{**kwargs, "attention_mask": None})
+    def _step(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+        return original(**{**kwargs, "attention_mask": None})
 
     @uncompiled
-    def _uncompiled(self, kwargs: dict[str, Any], warn: bool = False) -> Any:
+    def _uncompiled(self, original: Method, kwargs: dict[str, Any], warn: bool = False) -> Any:
         if warn:
             _warn_not_static()
-        return self._called(kwargs)
+        return self._called(original, kwargs)
 
-    def _called(self, kwargs: dict[str, Any]) -> Any:
+    def _called(self, original: Method, kwargs: dict[str, Any]) -> Any:
         cache = cache_of(kwargs)
-        if self._outer() is not None or not (isinstance(cache, FreqKVCache) or self._makes_one(cache)):
-            return self.original(**kwargs)
+        if self._outer() is not None:
+            return original(**kwargs)
         if isinstance(cache, FreqKVCache):
             self._check_cache(cache)
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
-            return self.original(**kwargs)  # raises in its own words
+            return original(**kwargs)  # raises in its own words
         real = self._check_inputs(kwargs, inputs, cache)
         extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
         # Set in a context of its own: an interrupt, wherever it falls, cannot leave it set.
-        return copy_context().run(self._inside, _Outer(self.shared, extra, real), cache, inputs.shape[1], kwargs)
+        outer = _Outer(self.shared, extra, real)
+        return copy_context().run(self._inside, original, outer, cache, inputs.shape[1], kwargs)
 
-    def _inside(self, outer: _Outer, cache: FreqKVCache | None, tokens: int, kwargs: dict[str, Any]) -> Any:
+    def _inside(
+        self, original: Method, outer: _Outer, cache: FreqKVCache | None, tokens: int, kwargs: dict[str, Any]
+    ) -> Any:
         _OUTER.set(outer)
-        return self.original(**kwargs) if cache is None else self._in_forward(cache, tokens, outer.real, kwargs)
+        return original(**kwargs) if cache is None else self._in_forward(original, cache, tokens, outer.real, kwargs)
 
     def _outer(self) -> _Outer | None:
         """The call of a model around this one, if there is one."""
         outer = _OUTER.get()
         return outer if outer is not None and outer.shared is self.shared else None
 
-    def _makes_one(self, cache: Any) -> bool:
-        """Whether the numbers hold for a call with this cache."""
-        return cache is None and self.shared.config is not None
-
-    def _in_forward(self, cache: FreqKVCache, tokens: int, real: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def _in_forward(
+        self, original: Method, cache: FreqKVCache, tokens: int, real: Tensor | None, kwargs: dict[str, Any]
+    ) -> Any:
         try:
             cache.begin_forward(tokens, real)
-            output = self.original(**kwargs)
+            output = original(**kwargs)
             cache.end_forward()
         except BaseException:
             cache.abort_forward()
@@ -738,27 +737,27 @@ class _ModelForward(_Wrapper):
 
 
 class _DecoderForward(_ModelForward):
-    def _step(self, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
+    def _step(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
         config = self.shared.model_config
         mask = cache.step.mask(cache.schedule.window, config._attn_implementation, cache.dtype)
-        return self.original(**{**kwargs, "attention_mask": mask})
+        return original(**{**kwargs, "attention_mask": mask})
 
-    def _called(self, kwargs: dict[str, Any]) -> Any:
+    def _check_other(self, cache: Any) -> None:
+        if self.shared.config is not None and not self.shared.makes_all_masks and self._drops_caches():
+            raise ValueError(
+                f"{self.cache_name} is a {type(cache).__name__}, which gradient checkpointing drops on the way to "
+                "attention layers, so that they could not tell that it was there. Pass no cache in training"
+            )
+
+    def _called(self, original: Method, kwargs: dict[str, Any]) -> Any:
         cache = cache_of(kwargs)
-        if self._makes_one(cache):
+        if cache is None:
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
                 use_cache = getattr(self.shared.model_config, "use_cache", True)
             if use_cache and not self.module.training:  # training has no use for one
                 cache = self.shared.new_cache()
             kwargs = {**renamed(kwargs, self.cache_name), self.cache_name: cache, "use_cache": cache is not None}
-        elif not isinstance(cache, FreqKVCache):
-            if self.shared.config is not None and not self.shared.makes_all_masks and self._drops_caches():
-                raise ValueError(
-                    f"{self.cache_name} is a {type(cache).__name__}, which gradient checkpointing drops on the way to "
-                    "attention layers, so that they could not tell that it was there. Pass no cache in training"
-                )
-            return self.original(**kwargs)
         elif self._drops_caches():
             raise RuntimeError(
                 "this FreqKVCache would not reach the attention layers: gradient checkpointing drops caches. For training, "
@@ -773,12 +772,12 @@ class _DecoderForward(_ModelForward):
             kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED) if cache is None else self.shared.cached_mark}
         try:
             if cache is None:
-                output = self.original(**kwargs)
+                output = original(**kwargs)
                 return output if aligned is None else aligned.undo(output)
             if cache.forward_start is not None and self._outer() is not None:
                 cache.forward_tokens = tokens  # images may have become more tokens on the way
-                return self.original(**kwargs)
-            return self._in_forward(cache, tokens, real, kwargs)
+                return original(**kwargs)
+            return self._in_forward(original, cache, tokens, real, kwargs)
         finally:
             self.shared.drop_masks()
 
@@ -952,10 +951,11 @@ def _check_not_packed(kwargs: dict[str, Any], tokens: int, real: Tensor | None) 
 class _PrepareCacheForGeneration(_Wrapper):
     """With numbers, `generate` gets a FreqKVCache where it would have made a DynamicCache."""
 
-    def __init__(self, model: PreTrainedModel, shared: _Shared) -> None:
-        super().__init__(model, PREPARE_CACHE, shared)
+    name = PREPARE_CACHE
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
+        named = self.named(args, kwargs)
+        generation_config, model_kwargs = named["generation_config"], named["model_kwargs"]
         if (
             self.shared.config is not None
             and cache_of(model_kwargs) is None
@@ -965,27 +965,29 @@ class _PrepareCacheForGeneration(_Wrapper):
             cache = model_kwargs[CACHE] = self.shared.new_cache()
             if generation_config.is_assistant:  # its drafts may be rejected
                 cache.activate_past_recording()
-        return self.original(generation_config, model_kwargs, *args, **kwargs)
+        return original(*args, **kwargs)
 
 
 class _PrepareInputsForGeneration(_Wrapper):
     """Phi-3 drops its cache where a text grows to the length from which its frequencies change; those of slots do not."""
 
+    name = PREPARE_INPUTS
+
     def __init__(self, model: PreTrainedModel, shared: _Shared) -> None:
-        super().__init__(model, PREPARE_INPUTS, shared)
+        super().__init__(model, shared)
         self.model = model
 
-    def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         cache = cache_of(kwargs)
-        if isinstance(cache, FreqKVCache):
-            kwargs = renamed(kwargs, self.cache_name)
-            cache.check_usable()  # before its lengths are looked at
-        with cache.preparing() if isinstance(cache, FreqKVCache) else nullcontext():
-            inputs = self.original(input_ids, *args, **kwargs)
-        if isinstance(cache, FreqKVCache) and cache_of(inputs) is not cache:
-            inputs = GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
-        if isinstance(cache, FreqKVCache):
-            _check_continues(inputs, cache.get_seq_length())
+        if not isinstance(cache, FreqKVCache):
+            return original(*args, **kwargs)
+        kwargs = renamed(kwargs, self.cache_name)
+        cache.check_usable()  # before its lengths are looked at
+        with cache.preparing():
+            inputs = original(*args, **kwargs)
+        if cache_of(inputs) is not cache:
+            inputs = getattr(GenerationMixin, self.name)(self.model, *args, **kwargs)
+        _check_continues(inputs, cache.get_seq_length())
         return inputs
 
 
@@ -1085,34 +1087,23 @@ def _mode(mask: Any) -> tuple[int, ...] | None:
     return shape if shape in (CACHED, UNCACHED) else None
 
 
-def _wrappers(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Wrapper]]:
-    for module in model.modules():
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, _Wrapper):
-                yield module, name, value
-
-
 def _find_shared(model: nn.Module) -> _Shared | None:
-    return next((wrapper.shared for _, _, wrapper in _wrappers(model)), None)
+    return next((wrapper.shared for _, wrapper in replacements(model) if isinstance(wrapper, _Wrapper)), None)
 
 
 def _wrap(model: nn.Module, shared: _Shared) -> None:
     """Wrap whatever is not wrapped yet: a part of the model may have been patched, or unpatched, by itself."""
-    wrapped = {(module, wrapper.name) for module, _, wrapper in _wrappers(model)}
+    wrapped = {(module, replacement.name) for module, replacement in replacements(model)}
     inside = set(model.modules())
-    for layer in shared.analysis.layers:
-        if layer.module in inside and (layer.module, "forward") not in wrapped:
-            layer.module.__dict__["forward"] = _AttentionForward(layer, shared)
-    decoder = shared.analysis.decoder
-    if decoder in inside and (decoder, "forward") not in wrapped:
-        decoder.__dict__["forward"] = _DecoderForward(decoder, shared)
-    for module in shared.analysis.around:
-        if module in inside and (module, "forward") not in wrapped:
-            module.__dict__["forward"] = _ModelForward(module, shared)
-    for kind, name in (
-        (_PrepareCacheForGeneration, PREPARE_CACHE),
-        (_PrepareInputsForGeneration, PREPARE_INPUTS),
-    ):
-        for module in inside:
-            if isinstance(module, GenerationMixin) and (module, name) not in wrapped:
-                module.__dict__[name] = kind(module, shared)
+    analysis = shared.analysis
+    wanted: list[tuple[Any, type[_Wrapper], Any]] = [
+        *((layer.module, _AttentionForward, layer) for layer in analysis.layers),
+        (analysis.decoder, _DecoderForward, analysis.decoder),
+        *((module, _ModelForward, module) for module in analysis.around),
+    ]
+    for module in inside:
+        if isinstance(module, GenerationMixin):
+            wanted += [(module, _PrepareCacheForGeneration, module), (module, _PrepareInputsForGeneration, module)]
+    for module, wrapper, about in wanted:
+        if module in inside and (module, wrapper.name) not in wrapped:
+            replace_method(module, wrapper(about, shared))

@@ -66,6 +66,7 @@ FAMILY_RULES: dict[str, FamilyRule] = {
         refused=True,
     ),
     "doge": FamilyRule("hides some entries of its own choice in the mask", always_masks=True),
+    "dory": FamilyRule("its decoder adds layers to the cache while it runs, one for each loop", refused=True),
     "granitemoehybrid": _JAMBA,
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": _HUNYUAN,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from freqkv.transform import compute_dtype
 from freqkv.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
 
-__all__ = ["KeyRotation", "SlotRotation", "SlotTable", "find_rotation", "slot_table"]
+__all__ = ["KeyRotation", "SlotRotation", "SlotTable", "find_rotation", "pristine", "sinusoid_table", "slot_table"]
 
 Pairing = Literal["half", "interleaved"]
 Stream = Literal["keys", "values"]
@@ -122,20 +122,9 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
     rotary : nn.Module
         Called as `rotary(x, position_ids)`, or `rotary(x, position_ids, layer_type)` where it has a table for each.
     """
-    # Calling it may change buffers (dynamic RoPE types): a copy leaves the model as it was. Tables outlive the call, and
-    # inference tensors could not enter a graph later.
+    # Tables outlive the call, and inference tensors could not enter a graph later.
     with torch.inference_mode(False), torch.no_grad():
-        if any(
-            b.is_meta for b in rotary.buffers()
-        ):  # a model without weights: the table follows from its configuration
-            rotary = type(rotary)(rotary.config)
-        rotary = copy.deepcopy(rotary)
-        pristine: Any = rotary
-        for name, original in list(rotary.named_buffers()):
-            if name.endswith(ORIGINAL_FREQUENCIES):  # undo what longer inputs made of the frequencies
-                prefix = name.removesuffix(ORIGINAL_FREQUENCIES)
-                setattr(pristine, f"{prefix}{FREQUENCIES}", original.clone())
-                setattr(pristine, f"{prefix}max_seq_len_cached", pristine.original_max_seq_len)
+        rotary = pristine(rotary)
         for name, buffer in rotary.named_buffers():
             if name.endswith(SINUSOIDS):
                 _check_rows(buffer, slots)
@@ -154,10 +143,25 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
                 )
             rows = native.flatten(0, -3)[0]
             return SlotTable(native, rows.real.float().contiguous(), rows.imag.float().contiguous())
-        native = tuple(t.to(device) for t in native)
-        rows = tuple(t.flatten(0, -3)[0].float() for t in native)
-        cos, sin = rows if rows[0][0].any() else reversed(rows)  # slot 0 turns nothing: what is zero there is the sine
-        return SlotTable(native, *_one_column_a_pair(cos, sin))
+        tensors = tuple(t.to(device) for t in native)
+        cos, sin = (t.flatten(0, -3)[0].float() for t in tensors)
+        if not cos[0].any():  # slot 0 turns nothing: what is zero there is the sine
+            cos, sin = sin, cos
+        return SlotTable(tensors, *_one_column_a_pair(cos, sin))
+
+
+def pristine(rotary: nn.Module) -> nn.Module:
+    """A copy of a rotary module as it was before it was called: calling it may change its buffers (dynamic RoPE types)."""
+    with torch.inference_mode(False), torch.no_grad():
+        if any(buffer.is_meta for buffer in rotary.buffers()):  # without weights: all follows from the configuration
+            return type(rotary)(rotary.config)
+        new: Any = copy.deepcopy(rotary)
+        for name, original in list(new.named_buffers()):
+            if name.endswith(ORIGINAL_FREQUENCIES):
+                prefix = name.removesuffix(ORIGINAL_FREQUENCIES)
+                setattr(new, f"{prefix}{FREQUENCIES}", original.clone())
+                setattr(new, f"{prefix}max_seq_len_cached", new.original_max_seq_len)
+        return new  # type: ignore[no-any-return]
 
 
 def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTable:

@@ -36,6 +36,7 @@ __all__ = [
     "causal_mask",
     "eager_mask",
     "frequencies",
+    "is_rotary",
     "missing",
     "outdated",
     "renamed",
@@ -185,6 +186,11 @@ def frequencies(rotary: nn.Module) -> str | None:
     """The name of the buffer from which a rotary module computes its embeddings; None if it has none."""
     names = [name for name, _ in rotary.named_buffers(recurse=False)]
     return next((name for name in names if name.endswith((FREQUENCIES, SINUSOIDS))), None)
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether it computes the embeddings of positions."""
+    return frequencies(module) is not None and "position_ids" in _parameters(module.forward)
 
 
 @functools.cache

@@ -22,8 +22,11 @@ class Catcher(Cache):
         raise Caught(keys, values)
 
 
-def identity(embeddings):
-    """No turn and no scaling, in the shape of these."""
+def identity(embeddings, module=None):
+    """No turn and no scaling, in the shape of these, which `module` takes."""
     if isinstance(embeddings, torch.Tensor):
         return torch.ones_like(embeddings)
-    return torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1])
+    first, second = embeddings
+    if type(module).__name__.startswith(("GPTJ", "CodeGen")):  # (sin, cos)
+        return torch.zeros_like(first), torch.ones_like(second)
+    return torch.ones_like(first), torch.zeros_like(second)

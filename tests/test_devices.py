@@ -127,6 +127,7 @@ from transformers import AutoModelForCausalLM
 import freqkv
 from freqkv import FreqKVCache
 import test_devices
+from freqkv.upstream import CACHE
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(

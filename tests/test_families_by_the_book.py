@@ -87,6 +87,9 @@ def rotated(module, keys, embeddings):
         sin, cos = embeddings[None].chunk(2, dim=-1)
         dims = 2 * sin.shape[-1]
         turned = file.apply_rotary_pos_emb(keys[..., :dims].transpose(1, 2), sin, cos).transpose(1, 2)
+    elif type(module).__name__.startswith(("GPTJ", "CodeGen")):  # the same, out of a rotary module (5.24)
+        dims = 2 * embeddings[0].shape[-1]
+        turned = file.apply_rotary_pos_emb(keys[..., :dims].transpose(1, 2), *embeddings).transpose(1, 2)
     else:
         dims = embeddings[0].shape[-1]
         turned = file.apply_rotary_pos_emb(keys[..., :dims], keys[..., :dims], *embeddings)[1]
@@ -123,7 +126,7 @@ class Book(Cache):
         if call.get("position_embeddings") is None:
             call["position_ids"] = torch.zeros_like(call["position_ids"])
         else:
-            call["position_embeddings"] = identity(call["position_embeddings"])
+            call["position_embeddings"] = identity(call["position_embeddings"], module)
         with pytest.raises(Caught) as caught:
             module.forward(**call)
         keys, values = caught.value.args

@@ -80,7 +80,7 @@ def test_patch_is_idempotent_and_takes_the_last_numbers():
     freqkv.patch(model)
     forward = model.model.layers[0].self_attn.forward
     handle = freqkv.patch(model, window=N)
-    assert model.model.layers[0].self_attn.forward is forward
+    assert model.model.layers[0].self_attn.forward == forward
     assert handle.config == FreqKVConfig(N)
     with freqkv.patch(model, window=N + 5, recent_tokens=2):
         assert handle.config == FreqKVConfig(N + 5, recent_tokens=2)

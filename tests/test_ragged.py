@@ -144,10 +144,8 @@ def test_a_graph_over_ragged_rows_keeps_its_entries():
 @torch.no_grad()
 def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
     """There are as many as rounds, each for all rows: a few live at a time."""
-    import freqkv.attention
-
     alive, most = weakref.WeakSet(), []
-    original = freqkv.attention.create_causal_mask
+    original = freqkv.attention.causal_mask
 
     def watched(*args, **kwargs):
         mask = original(*args, **kwargs)
@@ -155,7 +153,7 @@ def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
         most.append(len(alive))
         return mask
 
-    monkeypatch.setattr(freqkv.attention, "create_causal_mask", watched)
+    monkeypatch.setattr(freqkv.attention, "causal_mask", watched)
     model = tiny_llama(attention="sdpa", layers=3)
     freqkv.patch(model)
     ids, mask = padded(rows_of([20 * N, 20 * N - 7]))

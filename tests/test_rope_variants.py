@@ -186,7 +186,9 @@ def raw_entries(model, ids):
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = "layer_past" if "layer_past" in call else CACHE
         with pytest.raises(Caught) as entries:
-            module.forward(**{**call, "position_embeddings": identity(call["position_embeddings"]), cache: Catcher()})
+            module.forward(
+                **{**call, "position_embeddings": identity(call["position_embeddings"], module), cache: Catcher()}
+            )
         caught.append(entries.value.args)
 
     for module in full_attention(model):
