@@ -29,6 +29,8 @@ from freqkv.observation import NOT_GIVEN, embeddings_given
 from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
 from freqkv.upstream import (
     ATTENTION_CACHE_NAMES,
+    HOOK,
+    HOOKED_FORWARD,
     SINUSOIDS,
     Cache,
     LinearAttentionAndFullAttentionLayer,
@@ -501,7 +503,7 @@ class _Recorder(Cache):
 
 def _forward(module: nn.Module) -> Any:
     """The module's own forward, behind what accelerate put before it."""
-    return module._old_forward if hasattr(module, "_hf_hook") else module.forward
+    return getattr(module, HOOKED_FORWARD) if hasattr(module, HOOK) else module.forward
 
 
 def _parameters(module: nn.Module) -> list[str]:
@@ -538,13 +540,13 @@ def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def _hooks(model: nn.Module, name: str) -> list[tuple[nn.Module, Any]]:
     """Accelerate's hooks on the way to a module, outermost first, the module's own included."""
     path = [model.get_submodule(name), *_around(model, name)]
-    return [(module, module._hf_hook) for module in reversed(path) if hasattr(module, "_hf_hook")]
+    return [(module, getattr(module, HOOK)) for module in reversed(path) if hasattr(module, HOOK)]
 
 
 def _execution_device(model: nn.Module, name: str) -> torch.device | None:
     """Where accelerate runs a module whose weights are elsewhere; None if it has no say in it."""
     hooks = [hook for _, hook in _hooks(model, name)]
-    hooks += [inner._hf_hook for inner in model.get_submodule(name).modules() if hasattr(inner, "_hf_hook")]
+    hooks += [getattr(inner, HOOK) for inner in model.get_submodule(name).modules() if hasattr(inner, HOOK)]
     device = next((d for d in (getattr(hook, "execution_device", None) for hook in hooks) if d is not None), None)
     return None if device is None else torch.device(device)
 

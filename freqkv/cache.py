@@ -254,7 +254,7 @@ class FreqKVCache(SegmentedCache):
         self.common = {}
         self._padding = 0  # tokens seen, less those of the longest row
         self._entering_real: Tensor | None = None  # what is no padding, of this call
-        self._last_real: Tensor | None = None  # and of the one before
+        self._last_real: Tensor | None = None  # and of the columns before it, see _remembered
         self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
         self.static = static
@@ -458,9 +458,19 @@ class FreqKVCache(SegmentedCache):
                 "says. Call cache.reset(), and report the model"
             )
         self._padding = columns - self._compressed[0].seen
-        self._last_real = self._entering_real
+        self._last_real = self._remembered()
         self.forward_start = self.ragged = None
         self.common = {}
+
+    def _remembered(self) -> Tensor | None:
+        """What of the last columns is no padding, `(batch, columns)`, as far back as :meth:`crop` may go; None for all."""
+        real, before = self._entering_real, self._last_real
+        if real is None:
+            return None
+        assert self.forward_start is not None
+        if before is None:  # there was none so far
+            before = real.new_ones(real.shape[0], min(self.forward_start, self.schedule.window))
+        return torch.cat([before, real], dim=1)[:, -max(self.schedule.window, real.shape[1]) :]
 
     def abort_forward(self) -> None:
         """Note that the forward was interrupted: nothing happened, or the cache is spent."""
@@ -577,7 +587,7 @@ class FreqKVCache(SegmentedCache):
         if last is None or last.shape[1] < -tokens_to_remove:
             raise RuntimeError(
                 f"cannot remove {-tokens_to_remove} tokens: this cache holds padded rows, and knows which tokens were padding "
-                "for the last call only. Keep a copy (copy.deepcopy(cache)) to return to"
+                f"for the last {0 if last is None else last.shape[1]} only. Keep a copy (copy.deepcopy(cache)) to return to"
             )
         removed = last[:, tokens_to_remove:].sum(1).tolist()
         return [n - gone for n, gone in zip(rows, removed, strict=True)]

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from freqkv.upstream import HOOK, HOOKED_FORWARD
+
 __all__ = ["Method", "Replacement", "own_class", "replace_method", "replacements", "restore_methods"]
 
 Method: TypeAlias = Callable[..., Any]
@@ -29,8 +31,10 @@ class Replacement:
 
     Attributes
     ----------
+    place : str
+        Under which name the instance holds the method if it is not its class's: a hook of accelerate stays outside.
     replaced : callable or None
-        What the instance had under that name besides its class's method, as accelerate's hooks set it.
+        What the instance held there.
     parameters : list of str
         Of the method.
     """
@@ -38,7 +42,8 @@ class Replacement:
     name = "forward"
 
     def __init__(self, owner: nn.Module) -> None:
-        self.replaced: Method | None = owner.__dict__.get(self.name)
+        self.place = HOOKED_FORWARD if self.name == "forward" and HOOK in owner.__dict__ else self.name
+        self.replaced: Method | None = owner.__dict__.get(self.place)
         self.parameters = list(inspect.signature(getattr(owner, self.name)).parameters)
 
     def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
@@ -66,12 +71,14 @@ def replace_method(module: nn.Module, replacement: Replacement) -> None:
     """Put a replacement in the place of one method of one instance."""
     present = module.__dict__.setdefault(REPLACEMENTS, {})
     present[replacement.name] = replacement
-    module.__dict__.pop(replacement.name, None)  # kept as `replaced`
+    module.__dict__.pop(replacement.place, None)  # kept as `replaced`
     cls: Any = type(module)
     lacking = {name for name in present if not hasattr(getattr(cls, name), REPLACEMENTS)}
     if lacking:  # else another library has derived its class from ours
         base, names = (cls.__dict__[BASE], set(present)) if BASE in cls.__dict__ else (cls, lacking)
         module.__class__ = _derived(base, frozenset(names))
+    if replacement.place != replacement.name:
+        module.__dict__[replacement.place] = getattr(type(module), replacement.name).__get__(module)
 
 
 def restore_methods(module: nn.Module) -> None:
@@ -82,7 +89,7 @@ def restore_methods(module: nn.Module) -> None:
         module.__class__ = cls.__dict__[BASE]
     for name, replacement in present.items():
         kept = [key for key, value in module.__dict__.items() if _is_derived_method(value, name)]
-        for key in kept:  # to be called by a wrapper that was set later, as accelerate's hooks do
+        for key in kept:  # to be called by a wrapper around it, as accelerate's hooks do
             module.__dict__[key] = replacement.replaced or getattr(type(module), name).__get__(module)
         if replacement.replaced is not None and not kept:
             module.__dict__.setdefault(name, replacement.replaced)

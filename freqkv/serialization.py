@@ -32,6 +32,7 @@ from freqkv.analysis import analyse
 from freqkv.cache import FreqKVCache, UnsupportedModelError
 from freqkv.compressors import Compressor, check_compressor, keep_recent, low_pass_entries, mean_pool
 from freqkv.config import FreqKVConfig, geometry
+from freqkv.upstream import HOOK
 
 __all__ = ["CacheFileError", "load_cache", "save_cache"]
 
@@ -391,7 +392,7 @@ def _layer_devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
 def _computes_on(module: nn.Module) -> torch.device | None:
     """Where a module computes: where its weights are, or where accelerate brings them."""
     for inner in module.modules():
-        device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
+        device = getattr(getattr(inner, HOOK, None), "execution_device", None)
         if device is not None:
             return torch.device(device)
     return next((parameter.device for parameter in module.parameters() if not parameter.is_meta), None)

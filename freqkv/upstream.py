@@ -53,6 +53,8 @@ ATTENTION_CACHE_NAMES = *CACHE_NAMES, "layer_past"
 # Methods of a model that `generate` calls before its first forward and before each one.
 PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_INPUTS = "prepare_inputs_for_generation"
+# Where accelerate keeps its hook on a module, and the forward that the hook calls.
+HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
 # Buffers of rotary modules: frequencies, or a table of all positions, `[sin | cos]`; and the frequencies that a RoPE type
 # started from which changes them with the length of its input.
 FREQUENCIES = "inv_freq"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 
 import pytest
 import torch
@@ -28,12 +27,6 @@ STEP = CONFIG.schedule.step
 MODEL = tiny_llama(attention="sdpa")
 MODEL.generation_config.pad_token_id = None  # any token may be generated, and none of them is padding
 freqkv.patch(MODEL)
-
-
-@pytest.fixture(autouse=True)
-def without_what_transformers_deprecates_of_its_own_call(monkeypatch):
-    logger = logging.getLogger("transformers.generation.utils")
-    monkeypatch.setattr(logger, "filters", [lambda record: "Passing `generation_config`" not in record.getMessage()])
 
 
 def draft(noise, seed=3, length=None, target=MODEL):
@@ -374,17 +367,41 @@ def test_ragged_rows_go_back_within_the_last_call(record, first, last, side, sha
         assert torch.allclose(one, two, atol=2e-4)
 
 
+@pytest.mark.parametrize("removed", [1, 3, 4, 8])
+@pytest.mark.parametrize("padding_first", [True, False])
 @torch.no_grad()
-def test_ragged_rows_do_not_go_back_further_than_the_last_call():
+def test_ragged_rows_go_back_over_several_calls(padding_first, removed):
+    """As drafts do that are made token by token; padding lies before or among what is removed."""
+    ids, mask = padded(rows_of([4, 9]))
+    new = tokens(3, 2, seed=5)
+    calls = [(new[:, i : i + 1], torch.ones(2, 1, dtype=torch.long)) for i in range(3)]
+    calls.insert(0 if padding_first else 2, (ids, mask))
+    ids, mask = (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
+    cache, truth = (FreqKVCache(MODEL.config, CONFIG) for _ in range(2))
+    start = 0
+    for call, _ in calls:
+        start += call.shape[1]
+        MODEL(call, attention_mask=mask[:, :start], **{CACHE: cache})
+    cache.crop(-removed)
+    MODEL(ids[:, :-removed], attention_mask=mask[:, :-removed], **{CACHE: truth})
+    assert (cache.row_tokens or [cache.tokens_seen] * 2) == mask[:, :-removed].sum(1).tolist()
+    follow = tokens(4, 2, seed=8)
+    one, two = (MODEL(follow, **{CACHE: each}).logits for each in (cache, truth))
+    assert torch.allclose(one, two, atol=2e-4)
+
+
+@torch.no_grad()
+def test_ragged_rows_go_back_no_further_than_padding_is_known():
     ids, mask = padded(rows_of([4, 9]))
     cache = FreqKVCache(MODEL.config, CONFIG)
     MODEL(ids, attention_mask=mask, **{CACHE: cache})
-    MODEL(tokens(3, 2), **{CACHE: cache})
+    for index in range(N):
+        MODEL(tokens(1, 2, seed=index), **{CACHE: cache})
     truth = copy.deepcopy(cache)
-    with pytest.raises(RuntimeError, match="for the last call only"):
-        cache.crop(-4)
+    with pytest.raises(RuntimeError, match=f"for the last {N} only"):
+        cache.crop(-N - 1)
     assert same_from_here(cache, truth, exact=True)
-    assert cache.row_tokens == [7, 12]
+    assert cache.row_tokens == [4 + N, 9 + N]
 
 
 @pytest.mark.parametrize("before", [N // 2, N - 2])

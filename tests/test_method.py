@@ -235,6 +235,7 @@ def test_the_decoder_builds_no_mask_of_its_own(monkeypatch):
     monkeypatch.setitem(masking.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", watched)
     model = tiny_llama(attention="eager")
     freqkv.patch(model)
+    sizes.clear()
     with torch.no_grad():
         model(tokens(1000), **{CACHE: FreqKVCache(model.config, window=32)})
         with freqkv.patch(model, window=32):
