@@ -31,6 +31,7 @@ from freqkv.schedule import Schedule, Segment
 from freqkv.upstream import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     CACHE,
+    CHECKPOINTS_WITH_GRADIENTS_ONLY,
     PREPARE_CACHE,
     PREPARE_INPUTS,
     GenerationMixin,
@@ -302,6 +303,12 @@ class _Shared:
 
             return causal_mask(config, inputs, None, behind, own)
 
+    @property
+    def schedule(self) -> Schedule:
+        """That of calls without a cache."""
+        assert self.config is not None
+        return self.config.schedule
+
     def new_cache(self) -> FreqKVCache:
         """A cache of the numbers for calls that bring none."""
         return FreqKVCache(self.model_config, self.config, compressor=self.compressor)
@@ -447,7 +454,10 @@ class _AttentionForward(_Wrapper):
                 shared_kv.keep(total, last=part is parts[-1])
             outputs.append(output)
         if cache is not None and cache.ragged is not None:
-            return _unpacked(outputs, [part.packing for part in parts], hidden_states)
+            spread = None
+            if cache.weights_asked and isinstance(parts[0].entering.tokens, RaggedRound):  # and there is one round only
+                spread = functools.partial(_spread, parts[0].entering.tokens, tokens, cache.columns_known())
+            return _unpacked(outputs, [part.packing for part in parts], hidden_states, spread)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
@@ -479,9 +489,10 @@ class _AttentionForward(_Wrapper):
                 if stop - start < tokens:
                     take = functools.partial(Tensor.narrow, start=start, length=stop - start)
                 first = part.entries - (stop - start)  # its own first slot, unless it came without its first tokens
-                arguments["attention_mask"] = self.shared.mask(
-                    config, attention, hidden_states, stop - start, first, self.layer.rule.always_masks
-                )
+                if not holder.mask_given:
+                    arguments["attention_mask"] = self.shared.mask(
+                        config, attention, hidden_states, stop - start, first, self.layer.rule.always_masks
+                    )
                 slots = slice(first, part.entries)
             else:
                 packing = part.packing(tokens, device)
@@ -572,12 +583,15 @@ class _Outer:
     """While a model around the decoder runs: what it was called with.
 
     Attributes: the wrappers' own `shared`, which tells one patched model from another that runs inside it, the names of
-    arguments that are no text, and what of the tokens is no padding (None for all).
+    arguments that are no text, what of the tokens is no padding (None for all), whether it got an attention mask of four
+    dimensions, and its argument `use_cache`.
     """
 
     shared: _Shared
     inputs: set[str]
     real: Tensor | None
+    mask_given: bool
+    use_cache: bool | None
 
 
 _OUTER: ContextVar[_Outer | None] = ContextVar("freqkv_outer", default=None)
@@ -677,14 +691,17 @@ class _ModelForward(_Wrapper):
         real = self._check_inputs(kwargs, inputs, cache)
         extra = {name for name, value in kwargs.items() if _is_not_text(name, value)}
         # Set in a context of its own: an interrupt, wherever it falls, cannot leave it set.
-        outer = _Outer(self.shared, extra, real)
+        given = _is_custom(kwargs.get("attention_mask"))
+        outer = _Outer(self.shared, extra, real, given, kwargs.get("use_cache"))
         return copy_context().run(self._inside, original, outer, cache, inputs.shape[1], kwargs)
 
     def _inside(
         self, original: Method, outer: _Outer, cache: FreqKVCache | None, tokens: int, kwargs: dict[str, Any]
     ) -> Any:
         _OUTER.set(outer)
-        return original(**kwargs) if cache is None else self._in_forward(original, cache, tokens, outer.real, kwargs)
+        if cache is None:
+            return original(**kwargs)
+        return self._in_forward(original, cache, tokens, outer.real, outer.mask_given, kwargs)
 
     def _outer(self) -> _Outer | None:
         """The call of a model around this one, if there is one."""
@@ -692,10 +709,16 @@ class _ModelForward(_Wrapper):
         return outer if outer is not None and outer.shared is self.shared else None
 
     def _in_forward(
-        self, original: Method, cache: FreqKVCache, tokens: int, real: Tensor | None, kwargs: dict[str, Any]
+        self,
+        original: Method,
+        cache: FreqKVCache,
+        tokens: int,
+        real: Tensor | None,
+        mask_given: bool,
+        kwargs: dict[str, Any],
     ) -> Any:
         try:
-            cache.begin_forward(tokens, real)
+            cache.begin_forward(tokens, real, mask_given)
             output = original(**kwargs)
             cache.end_forward()
         except BaseException:
@@ -733,7 +756,29 @@ class _ModelForward(_Wrapper):
                 f"this FreqKVCache holds {held} rows, the input has {batch}: a cache serves the batch that filled it. "
                 "Make one for each batch, or call reset()"
             )
-        return _real_tokens(kwargs.get("attention_mask"), batch, seen, tokens, rows)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and _is_custom(mask):
+            self._check_custom(mask, batch, seen, tokens, cache)
+            return None
+        return _real_tokens(mask, batch, seen, tokens, rows)
+
+    def _check_custom(self, mask: Tensor, batch: int, seen: int, tokens: int, cache: FreqKVCache | None) -> None:
+        """That a mask of the caller's own, whose columns are tokens, goes with entries: as long as these are the tokens."""
+        schedule = self.shared.schedule if cache is None else cache.schedule
+        why = f"there are {seen} tokens in the cache already"
+        if not self.shared.makes_all_masks:
+            why = "this model has other layers than full attention, which need other masks"
+        elif seen + tokens > schedule.window:
+            why = f"{seen + tokens} tokens do not fit the window of {schedule.window} entries"
+        elif seen == 0 and mask.shape[0] in (1, batch) and tuple(mask.shape[2:]) == (tokens, tokens):
+            return
+        elif seen == 0:
+            why = f"it has shape {tuple(mask.shape)}, not {(batch, 1, tokens, tokens)}"
+        raise ValueError(
+            "FreqKV builds its own masks over cache entries and cannot use a custom 4-D attention_mask, whose columns are "
+            f"tokens, except in the first call of an empty cache and below the window: {why}. Pass a 2-D attention_mask, or "
+            "none"
+        )
 
 
 class _DecoderForward(_ModelForward):
@@ -751,11 +796,12 @@ class _DecoderForward(_ModelForward):
 
     def _called(self, original: Method, kwargs: dict[str, Any]) -> Any:
         cache = cache_of(kwargs)
+        outer = self._outer()
         if cache is None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache is None:
-                use_cache = getattr(self.shared.model_config, "use_cache", True)
-            if use_cache and not self.module.training:  # training has no use for one
+            use_cache = kwargs.get("use_cache") if outer is None else outer.use_cache
+            if use_cache is None:  # training has no use for one
+                use_cache = getattr(self.shared.model_config, "use_cache", True) and not self.module.training
+            if use_cache and not self._drops_caches():
                 cache = self.shared.new_cache()
             kwargs = {**renamed(kwargs, self.cache_name), self.cache_name: cache, "use_cache": cache is not None}
         elif self._drops_caches():
@@ -768,7 +814,8 @@ class _DecoderForward(_ModelForward):
         if cache is None and real is not None:
             aligned = _RightPadded(real)
             kwargs = aligned.apply(kwargs)
-        if self.shared.makes_all_masks:
+        mask_given = _is_custom(kwargs.get("attention_mask")) if outer is None else outer.mask_given
+        if self.shared.makes_all_masks and not mask_given:
             kwargs = {**kwargs, "attention_mask": torch.empty(UNCACHED) if cache is None else self.shared.cached_mark}
         try:
             if cache is None:
@@ -777,12 +824,15 @@ class _DecoderForward(_ModelForward):
             if cache.forward_start is not None and self._outer() is not None:
                 cache.forward_tokens = tokens  # images may have become more tokens on the way
                 return original(**kwargs)
-            return self._in_forward(original, cache, tokens, real, kwargs)
+            return self._in_forward(original, cache, tokens, real, mask_given, kwargs)
         finally:
             self.shared.drop_masks()
 
     def _drops_caches(self) -> bool:
-        return self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules())
+        """Whether gradient checkpointing takes caches away on the way to the layers."""
+        if not self.module.training or (CHECKPOINTS_WITH_GRADIENTS_ONLY and not torch.is_grad_enabled()):
+            return False
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.module.modules())
 
     def _check_arguments(self, kwargs: dict[str, Any], cache: FreqKVCache | None) -> tuple[int, Tensor | None]:
         """The number of new tokens, and what of them is no padding (None for all)."""
@@ -808,7 +858,6 @@ class _DecoderForward(_ModelForward):
                 "which tokens of a block attend to each other, and FreqKV knows causal masks only. Use text, or "
                 "transformers' DynamicCache"
             )
-        seen = 0 if cache is None else cache.tokens_seen
         ragged = real is not None or (cache is not None and cache.row_tokens is not None)
         _check_not_packed(kwargs, tokens, real)
         config = self.shared.model_config
@@ -817,26 +866,45 @@ class _DecoderForward(_ModelForward):
             asked = kwargs.get(name)
             return bool(getattr(config, name, False) if asked is None else asked)
 
-        if (tokens > 1 or ragged) and wants("output_attentions"):
-            schedule = self.shared.new_layer().schedule if cache is None else cache.schedule
-            segments = schedule.segments(seen, tokens)
-            if len(segments) > 1:
-                raise ValueError(
-                    "output_attentions: the weights of a call that is compressed half-way are over different entries "
-                    f"and do not form one matrix. Feed at most {segments[0].stop} tokens now, or leave "
-                    "output_attentions out"
-                )
+        weights = wants("output_attentions")
+        if cache is not None:
+            cache.weights_asked = weights
+        if weights:
             if ragged:
-                raise ValueError(
-                    "output_attentions: the weights of padded rows are over the entries of each row and do not form one "
-                    "matrix. Pass one row at a time, or leave output_attentions out"
-                )
+                self._check_weights_of_rows(inputs.shape[0], tokens, real, cache)
+            elif tokens > 1:
+                self._check_weights(tokens, cache)
         if cache is None and real is not None and wants("output_router_logits"):
             raise ValueError(
                 "output_router_logits: without a cache, FreqKV runs padded rows in another order than the router's loss "
                 "expects. Pass rows of equal length"
             )
         return tokens, real
+
+    def _check_weights(self, tokens: int, cache: FreqKVCache | None) -> None:
+        """That attention weights of a call form one matrix."""
+        schedule, seen = (self.shared.schedule, 0) if cache is None else (cache.schedule, cache.tokens_seen)
+        segments = schedule.segments(seen, tokens)
+        if len(segments) > 1:
+            raise ValueError(
+                "output_attentions: the weights of a call that is compressed half-way are over different entries and do not "
+                f"form one matrix. Feed at most {segments[0].stop} tokens now, or leave output_attentions out"
+            )
+
+    def _check_weights_of_rows(self, batch: int, tokens: int, real: Tensor | None, cache: FreqKVCache | None) -> None:
+        """The same for padded rows: their weights are spread over the columns of the call, while entries are tokens."""
+        schedule = self.shared.schedule if cache is None else cache.schedule
+        seen = [0] * batch if cache is None else cache.row_tokens or [cache.tokens_seen] * batch
+        brings = [tokens] * batch if real is None else real.sum(1).tolist()
+        columns = tokens + (0 if cache is None else cache.tokens_seen)
+        if max(a + b for a, b in zip(seen, brings, strict=True)) > schedule.window or columns > max(
+            schedule.window, tokens
+        ):
+            raise ValueError(
+                "output_attentions: the weights of padded rows are over the entries of each row, which no longer are the "
+                f"tokens once more than window={schedule.window} of them came, and do not form one matrix. Pass one row at a "
+                "time, or leave output_attentions out"
+            )
 
 
 class _RightPadded:
@@ -862,9 +930,15 @@ class _RightPadded:
     def _moved(self, value: Any, order: Tensor) -> Any:
         if isinstance(value, tuple):
             return tuple(self._moved(each, order) for each in value)
-        if not isinstance(value, Tensor) or value.shape[:2] != self.shape:
+        if not isinstance(value, Tensor):
             return value
+        batch, tokens = self.shape
         order = order.to(value.device)
+        if value.ndim == 4 and value.shape[0] == batch and value.shape[2:] == (tokens, tokens):  # attention weights
+            by_query = value.gather(2, order[:, None, :, None].expand(value.shape))
+            return by_query.gather(3, order[:, None, None, :].expand(value.shape))
+        if value.shape[:2] != self.shape:
+            return value
         return value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
 
 
@@ -884,6 +958,11 @@ def _is_not_text(name: str, value: Any) -> bool:
     if name.endswith("token_type_ids"):  # where 0 stands for text
         return bool(value.any()) if isinstance(value, Tensor) else True
     return len(value) > 0
+
+
+def _is_custom(mask: Any) -> bool:
+    """Whether it is a mask of queries by tokens of the caller's own."""
+    return isinstance(mask, Tensor) and mask.ndim == 4
 
 
 def _is_plain(mask: Any) -> bool:
@@ -941,6 +1020,11 @@ def _check_not_packed(kwargs: dict[str, Any], tokens: int, real: Tensor | None) 
         first = offset.gather(1, where.to(torch.uint8).argmax(1, keepdim=True).expand(len(offset), 1))
         plain = (offset == first) | ~where
     if not bool(plain.all()):
+        if real is not None:
+            raise ValueError(
+                "position_ids must count the tokens of each row that are no padding. generate counts wrongly behind padding on "
+                "the right: pad its prompts on the left (padding_side='left'), or leave position_ids out"
+            )
         raise ValueError(
             "position_ids must count the tokens of each row: positions that restart (packed sequences) or jump (those that "
             "some models give to images) are not supported, since FreqKV rotates keys at their slots. Leave position_ids "
@@ -1052,8 +1136,13 @@ def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int]
     return {name: taken(name, value) for name, value in kwargs.items()}
 
 
-def _unpacked(outputs: list[Any], packings: list[Packing | None], hidden_states: Tensor) -> Any:
-    """What the rounds returned, each token where it stood; zeros for padding."""
+def _unpacked(
+    outputs: list[Any],
+    packings: list[Packing | None],
+    hidden_states: Tensor,
+    spread: Callable[[Tensor], Tensor | None] | None = None,
+) -> Any:
+    """What the rounds returned, each token where it stood; zeros for padding. `spread` does so for attention weights."""
     if not outputs:  # nothing but padding
         return torch.zeros_like(hidden_states), None
     firsts = [output if isinstance(output, Tensor) else output[0] for output in outputs]
@@ -1064,10 +1153,10 @@ def _unpacked(outputs: list[Any], packings: list[Packing | None], hidden_states:
         for packing, first in zip(packings, firsts, strict=True):
             assert packing is not None  # a round that is the whole call is the only one
             packing.unpack(first, together)
-    return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, whole))
+    return together if isinstance(outputs[0], Tensor) else (together, *_besides(outputs, spread))
 
 
-def _besides(outputs: list[Any], weights: bool = False) -> Iterator[Any]:
+def _besides(outputs: list[Any], spread: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[Any]:
     """What modules return beside their output.
 
     Attention weights of different segments are over different entries and do not add up to one matrix. What else there is
@@ -1075,11 +1164,28 @@ def _besides(outputs: list[Any], weights: bool = False) -> Iterator[Any]:
     """
     for first, *others in zip(*(output[1:] for output in outputs), strict=True):
         same = all(other is first for other in others)
-        yield (
-            first
-            if same and (weights or len(outputs) == 1 or not (isinstance(first, Tensor) and first.ndim == 4))
-            else None
-        )
+        is_weights = isinstance(first, Tensor) and first.ndim == 4
+        yield (spread(first) if is_weights and spread is not None else first) if same else None
+
+
+def _spread(part: RaggedRound, tokens: int, known: Tensor | None, weights: Tensor) -> Tensor:
+    """Attention weights of a round over the columns of the call and of those before it; zeros for padding.
+
+    Parameters
+    ----------
+    tokens : int
+        Columns of the call.
+    known : Tensor
+        `(batch, columns)` bool: what of all columns is no padding.
+    weights : Tensor
+        `(rows, heads, width, entries)`: queries right-aligned, entries of a row in the order of its tokens.
+    """
+    assert known is not None
+    spread = weights.new_zeros(part.batch, weights.shape[1], tokens, known.shape[1])
+    for place, (row, count, entries) in enumerate(zip(part.cut.rows, part.cut.counts, part.cut.entries, strict=True)):
+        queries, keys = known[row, -tokens:].nonzero()[:, 0], known[row].nonzero()[:, 0]
+        spread[row][:, queries[:, None], keys] = weights[place, :, weights.shape[2] - count :, :entries]
+    return spread
 
 
 def _mode(mask: Any) -> tuple[int, ...] | None:

@@ -68,6 +68,8 @@ class SegmentedCache(Cache):
 
     _announced: Entering | None = None
     common: dict[Any, Any]  # what the layers of one forward share
+    mask_given = False  # whether the present forward has an attention mask of the caller's own
+    weights_asked = False  # and whether it returns attention weights
 
     def announce(self, entering: Entering) -> None:
         """Tell which tokens the next :meth:`update` brings."""
@@ -347,7 +349,7 @@ class FreqKVCache(SegmentedCache):
         """Indices of the layers that FreqKV compresses; the others are transformers' own."""
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, FreqKVLayer)]
 
-    def begin_forward(self, tokens: int, real: Tensor | None = None) -> None:
+    def begin_forward(self, tokens: int, real: Tensor | None = None, mask_given: bool = False) -> None:
         """Note that a forward of `tokens` tokens starts.
 
         Parameters
@@ -356,6 +358,8 @@ class FreqKVCache(SegmentedCache):
             Of each row, padding included.
         real : Tensor, optional
             `(batch, tokens)` bool: what of them is no padding; None for all.
+        mask_given : bool
+            Whether layers are to get the mask that the caller gave the model, in place of one made here.
 
         Raises
         ------
@@ -382,8 +386,16 @@ class FreqKVCache(SegmentedCache):
         self._began = layer._seen, layer.rows
         self.forward_start = self.tokens_seen
         self.forward_tokens = tokens
+        self.mask_given = mask_given
         self.common = {}
         self._touched = False
+
+    def columns_known(self) -> Tensor | None:
+        """What of the columns up to the end of the present forward is no padding, `(batch, columns)`; None for all.
+
+        The first ones may be missing, see :meth:`crop`.
+        """
+        return self._remembered()
 
     def parts(self, tokens: int) -> list[Segment | RaggedRound]:
         """What the present forward of `tokens` tokens is cut into."""

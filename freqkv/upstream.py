@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 __all__ = [
@@ -55,6 +56,9 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 # Where accelerate keeps its hook on a module, and the forward that the hook calls.
 HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
+RELEASE = Version(transformers.__version__)
+# Whether gradient checkpointing takes the cache away from layers only where gradients are computed.
+CHECKPOINTS_WITH_GRADIENTS_ONLY = Version("5.24") <= RELEASE
 # Buffers of rotary modules: frequencies, or a table of all positions, `[sin | cos]`; and the frequencies that a RoPE type
 # started from which changes them with the length of its input.
 FREQUENCIES = "inv_freq"

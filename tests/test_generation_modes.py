@@ -365,11 +365,47 @@ def test_attention_weights():
     held = [CONFIG.schedule.entries(12 + i) for i in range(2 * N)]
     assert [step[1].shape for step in steps] == [(2, 4, 12 if i == 0 else 1, n) for i, n in enumerate(held)]
     assert all(torch.allclose(layer.sum(-1), torch.ones(())) for step in steps for layer in step)
-    for wrong, message in ((tokens(N + 1, 2), "Feed at most"), (padded(rows_of([3, 9]))[0], "weights of padded rows")):
+    for wrong, message in (
+        (tokens(N + 1, 2), "Feed at most"),
+        (padded(rows_of([3, N + 1]))[0], "weights of padded rows"),
+    ):
         cache = new_cache()
         with pytest.raises(ValueError, match=message):
             model.generate(wrong, attention_mask=(wrong != 0).long(), **{CACHE: cache}, max_new_tokens=4, **options)
         assert cache.tokens_seen == 0
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_attention_weights_of_padded_rows(side, cached):
+    """As with a DynamicCache, in columns of the call, as long as nothing is compressed; zeros where padding is."""
+    plain, model = own_model(attention="eager"), own_model(attention="eager")
+    freqkv.patch(model, CONFIG)
+    ids, mask = padded(rows_of([3, 9, 6]))
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    more = torch.ones(3, 2, dtype=torch.long)
+    more[1, 0] = 0  # padding in a later turn
+    turns = [
+        (ids, mask),
+        (tokens(2, 3), torch.cat([mask, more], 1)),
+        (tokens(1, 3), torch.cat([mask, more, more[:, :1] ** 0], 1)),
+    ]
+    caches = [DynamicCache(config=plain.config), new_cache()]
+    for new, all_columns in turns if cached else turns[:1]:
+        given = [{CACHE: cache} if cached else {"use_cache": False} for cache in caches]
+        positions = (all_columns.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        call = {"attention_mask": all_columns, "position_ids": positions, "output_attentions": True}
+        truth, output = (each(new, **call, **how) for each, how in zip((plain, model), given, strict=True))
+        real = all_columns[:, -new.shape[1] :].bool()
+        assert len(output.attentions) == len(truth.attentions) == 2
+        for ours, theirs in zip(output.attentions, truth.attentions, strict=True):
+            assert ours.shape == theirs.shape
+            ours, theirs = ours.transpose(1, 2), theirs.transpose(1, 2)
+            assert torch.allclose(ours[real], theirs[real], atol=1e-5)
+            assert not cached or not ours[~real].any()
+        assert torch.allclose(output.logits[real], truth.logits[real], atol=1e-4)
 
 
 # Where it stops

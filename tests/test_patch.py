@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+import zoo
 from models import tiny_llama, tokens
 from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.families import FAMILY_RULES
-from freqkv.upstream import CACHE
+from freqkv.upstream import CACHE, CHECKPOINTS_WITH_GRADIENTS_ONLY
 
 N = 23
 
@@ -529,6 +530,86 @@ def test_gradient_checkpointing(reentrant):
         freqkv.patch(model, **numbers)
         with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
             model(ids, **{CACHE: FreqKVCache(model.config, window=N)})
+
+
+@torch.no_grad()
+def test_a_mask_of_the_callers_own_below_the_window():
+    """Nothing is compressed there, so that its columns are entries; here each token sees every other one before it."""
+    model, plain, ids = tiny_llama(), tiny_llama(), tokens(N - 2, 2)
+    freqkv.patch(model)
+    length = ids.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & (
+        torch.arange(length) % 2 == torch.arange(length)[:, None] % 2
+    )
+    mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    for each in (mask, mask.expand(2, 1, -1, -1)):
+        caches = DynamicCache(config=model.config), FreqKVCache(model.config, window=N)
+        assert torch.equal(
+            *(m(ids, attention_mask=each, **{CACHE: c}).logits for m, c in zip((plain, model), caches, strict=True))
+        )
+        assert not torch.allclose(plain(ids).logits, plain(ids, attention_mask=each).logits)
+        more = tokens(1, 2)
+        assert torch.equal(*(m(more, **{CACHE: c}).logits for m, c in zip((plain, model), caches, strict=True)))
+        with pytest.raises(ValueError, match="tokens in the cache already"):
+            model(more, attention_mask=torch.zeros(1, 1, 1, N), **{CACHE: caches[1]})
+        assert caches[1].tokens_seen == N - 1
+    with freqkv.patch(model, window=N):
+        for use_cache in (True, False):
+            expected = plain(ids, attention_mask=mask).logits
+            assert torch.equal(model(ids, attention_mask=mask, use_cache=use_cache).logits, expected)
+            with pytest.raises(ValueError, match=rf"{N + 1} tokens do not fit the window of {N} entries"):
+                model(tokens(N + 1), attention_mask=torch.zeros(1, 1, N + 1, N + 1), use_cache=use_cache)
+            with pytest.raises(ValueError, match="it has shape"):
+                model(ids, attention_mask=mask[..., 1:], use_cache=use_cache)
+    sliding = zoo.tiny_model("gemma3_text")
+    freqkv.patch(sliding)
+    with pytest.raises(ValueError, match="other layers than full attention"):
+        sliding(ids, attention_mask=mask, **{CACHE: FreqKVCache(sliding.config, window=N)})
+
+
+@torch.no_grad()
+def test_a_cache_that_is_asked_for_in_training_is_made():
+    """By those who sample while they train, in a loop of their own."""
+    model, plain, ids = tiny_llama().train(), tiny_llama().train(), tokens(5)
+    freqkv.patch(model, window=N)
+    caches = [None, None]
+    for _ in range(3 * N):
+        outputs = [m(ids, **{CACHE: cache}, use_cache=True) for m, cache in zip((model, plain), caches, strict=True)]
+        caches = [output[CACHE] for output in outputs]
+        assert isinstance(caches[0], FreqKVCache)
+        if caches[0].tokens_seen <= N:
+            assert torch.equal(*(output.logits for output in outputs))
+        ids = outputs[0].logits[:, -1:].argmax(-1)
+    assert caches[0].compressions > 1
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_checkpointing_and_caches(gradients):
+    """Checkpointed layers get no cache; from 5.24 on those that compute no gradients are not checkpointed."""
+    model = tiny_llama().train()
+    model.gradient_checkpointing_enable()
+    freqkv.patch(model, window=N)
+    cache = FreqKVCache(model.config, window=N)
+    with torch.set_grad_enabled(gradients):
+        if gradients or not CHECKPOINTS_WITH_GRADIENTS_ONLY:
+            with pytest.raises(RuntimeError, match="gradient checkpointing drops caches"):
+                model(tokens(2 * N), **{CACHE: cache})
+            assert cache.tokens_seen == 0
+        else:
+            model(tokens(2 * N), **{CACHE: cache})
+            assert cache.tokens_seen == 2 * N
+            answer = model.generate(tokens(5), max_new_tokens=2 * N, do_sample=False)
+            assert torch.equal(answer, model.eval().generate(tokens(5), max_new_tokens=2 * N, do_sample=False))
+
+
+def test_right_padded_prompts_of_generate_are_refused_by_their_name():
+    """Without a cache, transformers counts the positions of what it generates wrongly behind them."""
+    model = tiny_llama()
+    freqkv.patch(model, window=3 * N)
+    ids, mask = tokens(9, 2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, use_cache=False)
 
 
 def test_a_forward_in_training_makes_no_cache():

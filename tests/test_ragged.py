@@ -341,6 +341,7 @@ def test_masks_that_cannot_be():
     changed = torch.cat([torch.ones_like(mask), torch.ones_like(more)], 1)
     with pytest.raises(ValueError, match="what was padding cannot be shown"):
         model(more, attention_mask=changed, **{CACHE: cache})
+    more = tokens(N - 8, 2)
     longer = torch.cat([mask, torch.ones_like(more)], 1)
     with pytest.raises(ValueError, match="output_attentions: the weights of padded rows"):
         model(more, attention_mask=longer, **{CACHE: cache}, output_attentions=True)
