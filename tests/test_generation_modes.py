@@ -387,11 +387,9 @@ def test_attention_weights_of_padded_rows(side, cached):
         ids, mask = ids.flip(1), mask.flip(1)
     more = torch.ones(3, 2, dtype=torch.long)
     more[1, 0] = 0  # padding in a later turn
-    turns = [
-        (ids, mask),
-        (tokens(2, 3), torch.cat([mask, more], 1)),
-        (tokens(1, 3), torch.cat([mask, more, more[:, :1] ** 0], 1)),
-    ]
+    second = torch.cat([mask, more], 1)
+    third = torch.cat([second, torch.ones(3, 1, dtype=torch.long)], 1)
+    turns = [(ids, mask), (tokens(2, 3), second), (tokens(1, 3), third)]
     caches = [DynamicCache(config=plain.config), new_cache()]
     for new, all_columns in turns if cached else turns[:1]:
         given = [{CACHE: cache} if cached else {"use_cache": False} for cache in caches]

@@ -587,7 +587,7 @@ def test_a_cache_that_is_asked_for_in_training_is_made():
 def test_checkpointing_and_caches(gradients):
     """Checkpointed layers get no cache; from 5.24 on those that compute no gradients are not checkpointed."""
     model = tiny_llama().train()
-    model.gradient_checkpointing_enable()
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     freqkv.patch(model, window=N)
     cache = FreqKVCache(model.config, window=N)
     with torch.set_grad_enabled(gradients):
