@@ -27,6 +27,7 @@ from transformers import DynamicCache
 import freqkv
 from freqkv import FreqKVCache
 from freqkv.families import rule_for
+from freqkv.upstream import TESTED
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -176,10 +177,12 @@ def by_number(versions) -> list[str]:
 
 
 def merged(rows: list[dict[str, str]], found: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of other versions and those found with this one; versions that say the same share a row."""
+    """The rows of the other tested version and those found with this one; versions that say the same share a row."""
     versions = defaultdict(set)
     for row in rows:
-        versions[tuple(row[name] for name in COLUMNS[:-1])] |= set(row["transformers"].split()) - {VERSION}
+        versions[tuple(row[name] for name in COLUMNS[:-1])] |= set(row["transformers"].split()) & set(TESTED) - {
+            VERSION
+        }
     for row in found:
         versions[tuple(row[name] for name in COLUMNS[:-1])].add(VERSION)
     known = ((key, " ".join(by_number(on))) for key, on in sorted(versions.items()) if on)

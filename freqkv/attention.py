@@ -34,6 +34,7 @@ from freqkv.upstream import (
     CHECKPOINTS_WITH_GRADIENTS_ONLY,
     PREPARE_CACHE,
     PREPARE_INPUTS,
+    Cache,
     GenerationMixin,
     cache_name,
     cache_of,
@@ -626,6 +627,10 @@ class _ModelForward(_Wrapper):
 
     def _check_other(self, cache: Any) -> None:
         """Raise ValueError where a call with another cache, or None, could not be left alone."""
+        if not (
+            cache is None or self.shared.config is None or isinstance(cache, Cache) or torch.compiler.is_compiling()
+        ):
+            _warn_other(type(cache).__name__)
 
     def _static(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
         """A call with a cache for compiled graphs: a single token has one, all else is not compiled."""
@@ -788,6 +793,7 @@ class _DecoderForward(_ModelForward):
         return original(**{**kwargs, "attention_mask": mask})
 
     def _check_other(self, cache: Any) -> None:
+        super()._check_other(cache)
         if self.shared.config is not None and not self.shared.makes_all_masks and self._drops_caches():
             raise ValueError(
                 f"{self.cache_name} is a {type(cache).__name__}, which gradient checkpointing drops on the way to "
@@ -940,6 +946,15 @@ class _RightPadded:
         if value.shape[:2] != self.shape:
             return value
         return value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
+
+
+@functools.cache
+def _warn_other(kind: str) -> None:
+    logger.warning(
+        "a %s, as continuous batching (generate_batch) brings, keeps entries in a way of its own: such calls run without "
+        "FreqKV, and what freqkv.patch was given (window, ...) does not hold for them",
+        kind,
+    )
 
 
 @functools.cache

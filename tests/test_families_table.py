@@ -8,6 +8,7 @@ import test_every_family
 import zoo
 
 import freqkv
+from freqkv.upstream import TESTED
 
 ROWS = script.read(script.ROOT / "examples" / "results" / "families.csv")
 HERE = {row["family"]: row for row in ROWS if script.VERSION in row["transformers"].split()}
@@ -25,7 +26,7 @@ def test_the_readme_shows_the_table():
 
 def test_the_table_holds_the_oldest_and_the_newest_version():
     versions = {version for row in ROWS for version in row["transformers"].split()}
-    assert versions >= {"5.17", "5.23"}
+    assert versions == set(TESTED)
     for version in versions:
         names = [row["family"] for row in ROWS if version in row["transformers"].split()]
         assert len(names) == len(set(names))
@@ -52,13 +53,19 @@ def test_the_library_agrees(family):
     assert row["rotation"] == script.rotation_in_words(support.analysis, cache)
 
 
-def test_a_version_replaces_its_own_rows_only():
+def test_a_version_replaces_its_own_rows_and_those_that_are_not_tested():
     def row(family, layers, versions):
         return dict.fromkeys(script.COLUMNS, "") | {"family": family, "layers": layers, "transformers": versions}
 
-    here, other = script.VERSION, "4.0"
-    before = [row("one", "all", f"{other} {here}"), row("three", "all", here), row("two", "all", f"{other} {here}")]
+    here, other = script.VERSION, next(version for version in TESTED if version != script.VERSION)
+    both = " ".join(script.by_number([here, other]))
+    before = [
+        row("one", "all", f"4.0 {both}"),
+        row("three", "all", here),
+        row("two", "all", both),
+        row("two", "", "4.0"),
+    ]
     found = [row("one", "all", here), row("two", "none", here)]
-    after = [row("one", "all", f"{other} {here}"), row("two", "all", other), row("two", "none", here)]
+    after = [row("one", "all", both), row("two", "all", other), row("two", "none", here)]
     assert script.merged(before, found) == after
     assert script.merged(after, found) == after

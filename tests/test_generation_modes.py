@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import (
     AsyncTextIteratorStreamer,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -404,6 +405,22 @@ def test_attention_weights_of_padded_rows(side, cached):
             assert torch.allclose(ours[real], theirs[real], atol=1e-5)
             assert not cached or not ours[~real].any()
         assert torch.allclose(output.logits[real], truth.logits[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"window": N}])
+def test_continuous_batching_is_left_alone(numbers, caplog):
+    """It owns its pages, which come as a cache that is none of transformers' own classes."""
+    freqkv.attention._warn_other.cache_clear()
+    config = GenerationConfig(max_new_tokens=N, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [tokens(n, seed=n)[0].tolist() for n in (5, N + 3)]
+    expected, model = own_model(), own_model()
+    freqkv.patch(model, **numbers)
+    pages = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # by default they take most of the memory
+    truth, output = (m.generate_batch(prompts, config, pages) for m in (expected, model))
+    answers = [[each.generated_tokens for each in batch.values()] for batch in (truth, output)]
+    assert answers[0] == answers[1]
+    assert [len(answer) for answer in answers[1]] == [N, N]
+    assert ("such calls run without FreqKV" in caplog.text) == bool(numbers)
 
 
 # Where it stops

@@ -76,6 +76,24 @@ def saved(tmp_path):
     return path
 
 
+# What other versions stored.
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1"])
+@torch.no_grad()
+def test_a_file_that_version_0_1_0_saved_goes_on(name):
+    """With transformers 5.23: 49 tokens of two rows; and what they answered to 30 more."""
+    model = tiny_llama(attention="eager") if name == "llama" else zoo.tiny_model(name)
+    model.set_attn_implementation("eager")
+    freqkv.patch(model)
+    saved = Path(__file__).parent / "data" / f"saved_by_0_1_0_{name}.safetensors"
+    cache = FreqKVCache.load(saved, model)
+    assert (cache.tokens_seen, cache.batch_size, cache.config) == (49, 2, CONFIG)
+    logits = model(tokens(30, 2, seed=5).clamp(3, 99), **{CACHE: cache}).logits[:, -1]
+    expected = safetensors.torch.load_file(saved.with_name(f"{saved.stem}_next.safetensors"))["logits"]
+    assert torch.allclose(logits, expected, atol=1e-5 * expected.abs().max())
+
+
 # What is stored, and that it goes on.
 
 
