@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from freqkv.config import FreqKVConfig
 from freqkv.families import FamilyRule, rule_for
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.observation import NOT_GIVEN, embeddings_given
-from freqkv.rotary import KeyRotation, SlotTable, find_rotation, sinusoid_table, slot_table
+from freqkv.rotary import KeyRotation, SlotTable, TableVersion, find_rotation, sinusoid_table, slot_table
 from freqkv.upstream import (
     ATTENTION_CACHE_NAMES,
     HOOK,
@@ -35,7 +34,6 @@ from freqkv.upstream import (
     Cache,
     LinearAttentionAndFullAttentionLayer,
     cache_name,
-    frequencies,
     is_rotary,
     missing,
     outdated,
@@ -60,21 +58,14 @@ class Rotary:
     owner: nn.Module
     name: str
     layer_type: str | None = None
-    _frequencies: dict[nn.Module, str | None] = field(default_factory=dict, repr=False, compare=False)  # buffers' names
 
     @property
     def source(self) -> Any:
         return getattr(self.owner, self.name)
 
-    def version(self) -> Any:
-        """An object that is another one when tables have to be made anew, as after `model.to(...)`."""
-        source = self.source
-        if isinstance(source, Tensor):
-            return source
-        if source not in self._frequencies:
-            self._frequencies[source] = frequencies(source)
-        name = self._frequencies[source]
-        return source if name is None else operator.attrgetter(name)(source)
+    def version(self) -> TableVersion:
+        """Another one when tables have to be made anew, as after `model.to(...)`."""
+        return TableVersion(self.source)
 
     def table(self, slots: int, device: torch.device) -> SlotTable:
         source = self.source

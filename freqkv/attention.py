@@ -54,6 +54,8 @@ CACHED, UNCACHED = (1, 1, 1, 0), (1, 1, 2, 0)
 # Masks that are kept within a forward. All layers of a call and all steps of a long prompt ask for the same few; where they
 # differ from round to round, as those of ragged rows do, each layer makes them anew rather than hold them all.
 MASKS_KEPT = 4
+# Windows whose tables are kept: those of caches that are used in turn. Others are made anew when they are asked for.
+WINDOWS_KEPT = 4
 # Under which names in `shared_kv_states` the entries of each segment are kept.
 SEGMENTS = "freqkv segments"
 # What a model may be called with beside images, sounds and the like.
@@ -199,6 +201,7 @@ class _Shared:
         self.config: FreqKVConfig | None = None
         self.compressor: Compressor = low_pass_entries
         self.kinds: dict[Any, int] = {}
+        self._windows: list[int] = []
         self._tables: dict[Any, tuple[Any, SlotTable]] = {}
         self._rotations: dict[Any, tuple[Any, SlotRotation]] = {}
         self._masks: dict[Any, Any] = {}
@@ -216,17 +219,27 @@ class _Shared:
         """
         version = None if layer.rotary is None else layer.rotary.version()
         scale = layer.scale()
-        place = kind, window, device
+        if window not in self._windows:
+            self._windows.append(window)
+            self._forget(self._windows[:-WINDOWS_KEPT])
+        place = window, kind, device
         known = self._rotations.get(place)
-        if known is None or known[0] is not version or known[1].scale is not scale:
+        if known is None or known[0] != version or known[1].scale is not scale:
             table = None if layer.rotary is None else self._table(layer.rotary, version, window, device)
             known = self._rotations[place] = version, SlotRotation(table, layer.rotation, scale)
         return known[1]
 
+    def _forget(self, windows: list[int]) -> None:
+        """Let the tables of some windows go."""
+        for tables in (self._tables, self._rotations):
+            for place in [place for place in tables if place[0] in windows]:
+                del tables[place]
+        self._windows = [window for window in self._windows if window not in windows]
+
     def _table(self, rotary: Rotary, version: Any, window: int, device: torch.device) -> SlotTable:
-        key = rotary, window, device
+        key = window, rotary, device
         known = self._tables.get(key)
-        if known is None or known[0] is not version:
+        if known is None or known[0] != version:
             known = self._tables[key] = version, rotary.table(window, device)
         return known[1]
 
@@ -325,7 +338,7 @@ class _Shared:
         self._masks = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}, "_rotations": {}, "_masks": {}}  # made anew where the copy lives
+        return {**self.__dict__, "_windows": [], "_tables": {}, "_rotations": {}, "_masks": {}}  # made anew in the copy
 
 
 def _check_mask_function(attention: str) -> None:
@@ -958,6 +971,15 @@ def _warn_other(kind: str) -> None:
 
 
 @functools.cache
+def _warn_implementation(implementation: str) -> None:
+    logger.warning(
+        "cache_implementation=%r, of the call or of model.generation_config, asks for a cache of transformers: such calls run "
+        "without FreqKV, and what freqkv.patch was given (window, ...) does not hold for them. Set it to None",
+        implementation,
+    )
+
+
+@functools.cache
 def _warn_not_static() -> None:
     logger.warning(
         "this model is compiled, but calls with this FreqKVCache run uncompiled. Make it with static=True, so that single "
@@ -1006,13 +1028,14 @@ def _real_tokens(mask: Any, batch: int, seen: int, tokens: int, rows: list[int] 
         )
     if rows is None and bool(mask.all()):
         return None
+    mask = mask.bool()  # numbers of low precision could not be counted
     before = mask[:, :seen].sum(1).tolist()
     if before != ([seen] * batch if rows is None else rows):
         raise ValueError(
             f"attention_mask leaves {before} of the tokens before these, the cache holds {rows or [seen] * batch} in its rows: "
             "what has entered cannot be hidden, and what was padding cannot be shown"
         )
-    real = mask[:, seen:].bool()
+    real = mask[:, seen:]
     return None if bool(real.all()) else real
 
 
@@ -1059,11 +1082,13 @@ class _PrepareCacheForGeneration(_Wrapper):
             self.shared.config is not None
             and cache_of(model_kwargs) is None
             and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
         ):
-            cache = model_kwargs[CACHE] = self.shared.new_cache()
-            if generation_config.is_assistant:  # its drafts may be rejected
-                cache.activate_past_recording()
+            if generation_config.cache_implementation is not None:
+                _warn_implementation(generation_config.cache_implementation)
+            else:
+                cache = model_kwargs[CACHE] = self.shared.new_cache()
+                if generation_config.is_assistant:  # its drafts may be rejected
+                    cache.activate_past_recording()
         return original(*args, **kwargs)
 
 

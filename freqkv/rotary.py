@@ -7,6 +7,8 @@ from one table of `window` rows, computed by the model's own rotary module.
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +18,16 @@ from torch import Tensor, nn
 from freqkv.transform import compute_dtype
 from freqkv.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
 
-__all__ = ["KeyRotation", "SlotRotation", "SlotTable", "find_rotation", "pristine", "sinusoid_table", "slot_table"]
+__all__ = [
+    "KeyRotation",
+    "SlotRotation",
+    "SlotTable",
+    "TableVersion",
+    "find_rotation",
+    "pristine",
+    "sinusoid_table",
+    "slot_table",
+]
 
 Pairing = Literal["half", "interleaved"]
 Stream = Literal["keys", "values"]
@@ -151,17 +162,62 @@ def slot_table(rotary: nn.Module, slots: int, device: torch.device, layer_type: 
 
 
 def pristine(rotary: nn.Module) -> nn.Module:
-    """A copy of a rotary module as it was before it was called: calling it may change its buffers (dynamic RoPE types)."""
+    """A copy of a rotary module, as it was before longer inputs changed its frequencies, where its RoPE type does that."""
     with torch.inference_mode(False), torch.no_grad():
         if any(buffer.is_meta for buffer in rotary.buffers()):  # without weights: all follows from the configuration
             return type(rotary)(rotary.config)
         new: Any = copy.deepcopy(rotary)
-        for name, original in list(new.named_buffers()):
-            if name.endswith(ORIGINAL_FREQUENCIES):
-                prefix = name.removesuffix(ORIGINAL_FREQUENCIES)
+        for prefix in _kinds(rotary):
+            if changes_with_length(rotary, prefix):
+                original = getattr(new, f"{prefix}{ORIGINAL_FREQUENCIES}")
                 setattr(new, f"{prefix}{FREQUENCIES}", original.clone())
                 setattr(new, f"{prefix}max_seq_len_cached", new.original_max_seq_len)
         return new  # type: ignore[no-any-return]
+
+
+def _kinds(rotary: nn.Module) -> list[str]:
+    """What stands before the names of its buffers: nothing, or the types of layers that have tables of their own."""
+    names = [name for name, _ in rotary.named_buffers(recurse=False, remove_duplicate=False)]
+    return [name.removesuffix(ORIGINAL_FREQUENCIES) for name in names if name.endswith(ORIGINAL_FREQUENCIES)]
+
+
+def changes_with_length(rotary: nn.Module, prefix: str = "") -> bool:
+    """Whether calling it with longer inputs changes its frequencies (dynamic and longrope)."""
+    kind = getattr(rotary, "rope_type", "")
+    if isinstance(kind, Mapping):
+        kind = kind.get(prefix.rstrip("_"), "")
+    return "dynamic" in kind or kind == "longrope"
+
+
+class TableVersion:
+    """What the tables of a rotary module follow from: equal as long as they need not be made anew.
+
+    These are its buffers, each with the number of writes to it, and its scalings, without those that its RoPE type changes by
+    itself; and its forward. They are those of `model.to(...)`, of loaders that fill in what was lost, and of users.
+    """
+
+    def __init__(self, rotary: nn.Module | Tensor) -> None:
+        if isinstance(rotary, Tensor):
+            self.tensors: list[Tensor] = [rotary]
+            self.others: list[Any] = [_writes(rotary)]
+            return
+        own = [f"{prefix}{FREQUENCIES}" for prefix in _kinds(rotary) if changes_with_length(rotary, prefix)]
+        # Both names may be of one tensor.
+        buffers = [buffer for name, buffer in rotary.named_buffers(remove_duplicate=False) if name not in own]
+        scalings = [] if own else [value for name, value in vars(rotary).items() if name.endswith("attention_scaling")]
+        self.tensors = buffers
+        self.others = [rotary.forward, *scalings, *map(_writes, buffers)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TableVersion) or self.others != other.others:
+            return False
+        return len(self.tensors) == len(other.tensors) and all(map(operator.is_, self.tensors, other.tensors))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _writes(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def sinusoid_table(buffer: Tensor, slots: int, device: torch.device) -> SlotTable:

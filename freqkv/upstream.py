@@ -190,7 +190,7 @@ def causal_mask(config: Any, hidden_states: Tensor, attention_mask: Any, cache: 
 
 def frequencies(rotary: nn.Module) -> str | None:
     """The name of the buffer from which a rotary module computes its embeddings; None if it has none."""
-    names = [name for name, _ in rotary.named_buffers(recurse=False)]
+    names = [name for name, _ in rotary.named_buffers(recurse=False, remove_duplicate=False)]
     return next((name for name in names if name.endswith((FREQUENCIES, SINUSOIDS))), None)
 
 

@@ -407,6 +407,23 @@ def test_attention_weights_of_padded_rows(side, cached):
         assert torch.allclose(output.logits[real], truth.logits[real], atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+@pytest.mark.parametrize("where", ["model", "call"])
+def test_a_cache_that_the_generation_config_names(implementation, where, caplog):
+    """It is what the file or the call says, beside the numbers, and that is told."""
+    freqkv.attention._warn_implementation.cache_clear()
+    model, named = own_model(), {"cache_implementation": implementation}
+    freqkv.patch(model, window=N)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "disable_compile": True}
+    if where == "model":
+        model.generation_config.cache_implementation = implementation
+        named = {}
+    output = model.generate(tokens(5), **named, **options)
+    assert not isinstance(output[CACHE], FreqKVCache)
+    assert f"cache_implementation='{implementation}'" in caplog.text
+    assert "run without FreqKV" in caplog.text
+
+
 @pytest.mark.parametrize("numbers", [{}, {"window": N}])
 def test_continuous_batching_is_left_alone(numbers, caplog):
     """It owns its pages, which come as a cache that is none of transformers' own classes."""

@@ -205,6 +205,97 @@ def test_tables_follow_the_model():
     assert torch.equal(model(ids, **{CACHE: FreqKVCache(model.config, window=N)}).logits, other)
 
 
+def assigned(rotary):
+    rotary.inv_freq = torch.nn.Buffer(rotary.inv_freq / 4, persistent=False)
+
+
+def in_place(rotary):
+    rotary.inv_freq /= 4
+
+
+def original_lost(rotary):
+    """As a loader leaves it that fills in `inv_freq` of a model from the meta device, but not its copy."""
+    rotary.original_inv_freq.zero_()
+
+
+def both_changed(rotary):
+    rotary.inv_freq /= 4
+    rotary.original_inv_freq /= 4
+
+
+def scaled(rotary):
+    rotary.attention_scaling = 1.3
+
+
+def other_forward(rotary):
+    forward = rotary.forward
+    rotary.forward = lambda x, position_ids: forward(x, position_ids / 4)
+
+
+def emptied_and_filled_in(rotary):
+    """`to_empty` in place of weights that were on the meta device, then what transformers computes for it again."""
+    inv_freq = rotary.inv_freq.clone()
+    rotary.to("meta").to_empty(device="cpu")
+    rotary.original_inv_freq.fill_(float("nan"))
+    rotary.inv_freq.copy_(inv_freq)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("when", ["before the patch", "after its first use"])
+@pytest.mark.parametrize("rope", ["default", "linear", "yarn"])
+@pytest.mark.parametrize(
+    "change", [assigned, in_place, original_lost, both_changed, scaled, other_forward, emptied_and_filled_in]
+)
+@torch.no_grad()
+def test_tables_are_what_the_rotary_module_returns_now(change, rope, when, numbers):
+    model, ids = tiny_llama(rope=rope), tokens(N)
+
+    def cached():
+        return {} if numbers else {CACHE: FreqKVCache(model.config, window=N)}
+
+    if when == "after its first use":
+        freqkv.patch(model, **({"window": N} if numbers else {}))
+        before = model(ids, **cached()).logits
+    change(model.model.rotary_emb)
+    freqkv.patch(model, **({"window": N} if numbers else {}))
+    plain = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
+    assert torch.equal(model(ids, **cached()).logits, plain)
+    if when == "after its first use" and change not in (original_lost, emptied_and_filled_in):
+        assert not torch.allclose(plain, before, atol=1e-3)
+    assert model(tokens(3 * N), **cached()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+@torch.no_grad()
+def test_tables_of_frequencies_that_change_with_the_length_are_made_once(rope):
+    """The module changes them itself at a call with another length, which must not count as a change."""
+    model = tiny_llama(rope=rope)
+    handle = freqkv.patch(model)
+    cache = FreqKVCache(model.config, window=N)
+    model(tokens(5), **{CACHE: cache})
+    tables = {id(table) for _, table in handle._shared._tables.values()}
+    for length in (1, 300, 1):
+        model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+        model(tokens(2 * N), **{CACHE: cache})
+    assert {id(table) for _, table in handle._shared._tables.values()} == tables
+
+
+@torch.no_grad()
+def test_tables_of_old_windows_are_let_go():
+    model = tiny_llama()
+    shared = freqkv.patch(model)._shared
+    caches = {window: FreqKVCache(model.config, window=window) for window in range(8, 40)}
+    for window, cache in caches.items():
+        model(tokens(2 * window), **{CACHE: cache})
+        assert len(shared._tables) <= freqkv.attention.WINDOWS_KEPT
+        assert len(shared._rotations) <= freqkv.attention.WINDOWS_KEPT
+    for window in (8, 39, 8):
+        whole = FreqKVCache(model.config, window=window)
+        expected = model(torch.cat([tokens(2 * window), tokens(3)], 1), **{CACHE: whole}).logits[:, -3:]
+        cache = copy.deepcopy(caches[window])
+        assert torch.allclose(model(tokens(3), **{CACHE: cache}).logits, expected, atol=1e-4)
+
+
 def test_threads_with_a_cache_each():
     model = tiny_llama()
     freqkv.patch(model)

@@ -349,6 +349,21 @@ def test_masks_that_cannot_be():
     assert not cache.is_spent
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_masks_of_any_dtype(dtype):
+    """Also of those in which the tokens of a long row cannot be counted: 257 is 256 in bfloat16, 2049 is 2048 in float16."""
+    model = tiny_llama(layers=1, context=4096)
+    freqkv.patch(model)
+    length = 2100
+    ids, mask = tokens(length, 2), torch.ones(2, length + 1, dtype=dtype)
+    mask[1, :5] = 0
+    cache = FreqKVCache(model.config, CONFIG)
+    model(ids, attention_mask=mask[:, :-1], **{CACHE: cache})
+    model(tokens(1, 2), attention_mask=mask, **{CACHE: cache})
+    assert cache.row_tokens == [length + 1, length - 4]
+
+
 @torch.no_grad()
 def test_another_batch_is_refused_with_or_without_a_mask():
     model = tiny_llama()
