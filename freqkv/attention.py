@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from freqkv.adapters import check_whole_call
 from freqkv.analysis import Analysis, AttentionLayer, Rotary, analyse, find_model
 from freqkv.cache import Everywhere, FreqKVCache, SegmentedCache, dense_mask, uncompiled
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
@@ -447,6 +448,9 @@ class _AttentionForward(_Wrapper):
         parts: list[_Part] | None = holder.common.get(place)
         if parts is None:
             parts = holder.common[place] = list(self._parts(kwargs, hidden_states, config, holder, total))
+        if len(parts) > 1 or any(part.packing is not None for part in parts):
+            rows = all(not isinstance(p.entering.tokens, RaggedRound) or p.entering.tokens.everyone for p in parts)
+            check_whole_call(self.layer.module, rows=rows, tokens=False)
         outputs = []
         for part in parts:
             taken = kwargs if part.take is None else _per_token(kwargs, tokens, part.take)
@@ -831,6 +835,8 @@ class _DecoderForward(_ModelForward):
         tokens, real = self._check_arguments(kwargs, cache)
         aligned = None
         if cache is None and real is not None:
+            for layer in self.shared.analysis.layers:  # tokens are moved
+                check_whole_call(layer.module, rows=True, tokens=False)
             aligned = _RightPadded(real)
             kwargs = aligned.apply(kwargs)
         mask_given = _is_custom(kwargs.get("attention_mask")) if outer is None else outer.mask_given
