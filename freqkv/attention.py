@@ -689,7 +689,7 @@ class _ModelForward(_Wrapper):
                 "Leave it out"
             )
         cache.step.tables = self.shared.step_tables(cache, inputs.device)
-        cache.begin_step(self, lambda: self.shared.rotations(cache, inputs.device))
+        cache.begin_step(self, lambda: self.shared.rotations(cache, inputs.device), _ids(kwargs))
         return True
 
     def _step(self, original: Method, kwargs: dict[str, Any], cache: FreqKVCache) -> Any:
@@ -740,7 +740,7 @@ class _ModelForward(_Wrapper):
         kwargs: dict[str, Any],
     ) -> Any:
         try:
-            cache.begin_forward(tokens, real, mask_given)
+            cache.begin_forward(tokens, real, mask_given, _ids(kwargs))
             output = original(**kwargs)
             cache.end_forward()
         except BaseException:
@@ -1003,6 +1003,12 @@ def _is_not_text(name: str, value: Any) -> bool:
     return len(value) > 0
 
 
+def _ids(kwargs: dict[str, Any]) -> Tensor | None:
+    """The ids that a model is called with, if that is all it is called with."""
+    ids = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else None
+    return ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+
+
 def _is_custom(mask: Any) -> bool:
     """Whether it is a mask of queries by tokens of the caller's own."""
     return isinstance(mask, Tensor) and mask.ndim == 4
@@ -1118,7 +1124,26 @@ class _PrepareInputsForGeneration(_Wrapper):
         if cache_of(inputs) is not cache:
             inputs = getattr(GenerationMixin, self.name)(self.model, *args, **kwargs)
         _check_continues(inputs, cache.get_seq_length())
+        if kwargs.get("is_first_iteration"):
+            named = self.named(args, kwargs)
+            _check_begins(named.get("input_ids"), named.get("next_sequence_length"), named.get("attention_mask"), cache)
         return inputs
+
+
+def _check_begins(ids: Tensor | None, new: int | None, mask: Any, cache: FreqKVCache) -> None:
+    """That the whole conversation, where it is the input of `generate`, begins with what the cache has seen.
+
+    It is if `generate` says how many of its tokens are new; without that, all are.
+    """
+    seen = cache.tokens_seen
+    if ids is None or new is None or not 0 < seen == ids.shape[1] - new:
+        return
+    if not cache.history.begins(ids, mask):
+        raise ValueError(
+            f"the input does not begin with the {seen} tokens that this FreqKVCache has seen: it is another conversation, or "
+            "one whose earlier turns are written otherwise now (edited, or rendered without their thoughts). Use another "
+            "cache, or call cache.reset(); for the new tokens alone, pass an attention_mask of ones for those seen and the new"
+        )
 
 
 def _check_continues(inputs: dict[str, Any], seen: int) -> None:

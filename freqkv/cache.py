@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries
 from freqkv.config import FreqKVConfig, geometry, make_config
 from freqkv.families import rule_for
+from freqkv.history import History
 from freqkv.layer import Entering, FreqKVHybridLayer, FreqKVLayer
 from freqkv.ragged import RaggedCall, RaggedRound
 from freqkv.rotary import SlotRotation
@@ -257,6 +258,11 @@ class FreqKVCache(SegmentedCache):
         self._padding = 0  # tokens seen, less those of the longest row
         self._entering_real: Tensor | None = None  # what is no padding, of this call
         self._last_real: Tensor | None = None  # and of the columns before it, see _remembered
+        self.history = History(self.config.schedule.window)
+        self._entering: tuple[Tensor | None, Tensor | None] = (
+            None,
+            None,
+        )  # ids of this call, and what of it is no padding
         self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
         self.static = static
@@ -349,7 +355,9 @@ class FreqKVCache(SegmentedCache):
         """Indices of the layers that FreqKV compresses; the others are transformers' own."""
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, FreqKVLayer)]
 
-    def begin_forward(self, tokens: int, real: Tensor | None = None, mask_given: bool = False) -> None:
+    def begin_forward(
+        self, tokens: int, real: Tensor | None = None, mask_given: bool = False, ids: Tensor | None = None
+    ) -> None:
         """Note that a forward of `tokens` tokens starts.
 
         Parameters
@@ -360,6 +368,8 @@ class FreqKVCache(SegmentedCache):
             `(batch, tokens)` bool: what of them is no padding; None for all.
         mask_given : bool
             Whether layers are to get the mask that the caller gave the model, in place of one made here.
+        ids : Tensor, optional
+            `(batch, tokens)`: their ids.
 
         Raises
         ------
@@ -367,6 +377,7 @@ class FreqKVCache(SegmentedCache):
             If an earlier forward broke off after tokens had entered some layer.
         """
         self.check_usable()
+        self._entering = ids, real
         layer = self._compressed[0]
         self.ragged = None
         if real is not None or layer.rows is not None:
@@ -406,12 +417,14 @@ class FreqKVCache(SegmentedCache):
         return parts
 
     @uncompiled
-    def begin_step(self, by: object, rotations: Callable[[], dict[int, SlotRotation]]) -> None:
+    def begin_step(
+        self, by: object, rotations: Callable[[], dict[int, SlotRotation]], ids: Tensor | None = None
+    ) -> None:
         """Note that a forward of a single token starts whose graph reads :attr:`step`, and compress if it is time.
 
         `rotations` tells how the layers rotate, by their indices.
         """
-        self.begin_forward(1)
+        self.begin_forward(1, ids=ids)
         (segment,) = self.parts(1)
         assert isinstance(segment, Segment)
         how = {} if segment.fold is None else rotations()
@@ -427,6 +440,7 @@ class FreqKVCache(SegmentedCache):
         """Note that it came to its end."""
         for layer in self._compressed:
             layer.end_step()
+        self.history = self.history.extended(1, *self._entering)
         self.forward_start = self.stepping = None
         self.common = {}
 
@@ -471,6 +485,7 @@ class FreqKVCache(SegmentedCache):
             )
         self._padding = columns - self._compressed[0].seen
         self._last_real = self._remembered()
+        self.history = self.history.extended(self.forward_tokens, *self._entering)
         self.forward_start = self.ragged = None
         self.common = {}
 
@@ -583,6 +598,7 @@ class FreqKVCache(SegmentedCache):
                 layer.__dict__.clear()
                 layer.__dict__.update(state)
             raise
+        self.history = self.history.cropped(-tokens_to_remove)
         if target is not None:
             self._padding = columns - self._compressed[0].seen
             assert self._last_real is not None
@@ -616,6 +632,7 @@ class FreqKVCache(SegmentedCache):
         self.forward_start = self.ragged = self._last_real = self.stepping = None
         self._padding = 0
         self._touched = False
+        self.history = History(self.config.schedule.window)
         self.common = {}
 
     def _reset_extra_state(self) -> None:
@@ -705,6 +722,7 @@ class FreqKVCache(SegmentedCache):
         states[:] = [of_rest(state) if isinstance(state, Tensor) else state for state in states]
         if self._last_real is not None:
             self._last_real = of_rest(self._last_real)
+        self.history = self.history.taken(of_rest)
 
     def __repr__(self) -> str:
         numbers = self.config

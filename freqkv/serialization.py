@@ -235,6 +235,7 @@ def _fill(cache: FreqKVCache, info: dict[str, Any], tensors: dict[str, Tensor], 
     if left:
         raise ValueError(f"unknown tensors {', '.join(left)}")
     cache._padding = counts["padding"]
+    cache.history = cache.history.extended(counts["tokens_seen"], None, None)  # which is not stored
     if counts["ragged"] or counts["padding"]:
         # Which of the last tokens were padding is not stored, since they may be any number: they cannot be cropped.
         cache._last_real = torch.ones((len(counts["rows"]), 0), dtype=torch.bool)
