@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from freqkv.methods import own_class
 from freqkv.rotary import pristine
-from freqkv.upstream import is_rotary
+from freqkv.upstream import HOOKS_INSTALLED, is_rotary
 
 __all__ = ["NOT_GIVEN", "embeddings_given"]
 
@@ -64,6 +64,19 @@ def _replaced(replacements: Mapping[tuple[nn.Module, str], nn.Module]) -> Iterat
     finally:
         for parent, name, original in before:
             parent._modules[name] = original
+
+
+@contextmanager
+def _no_hooks_installed(decoder: nn.Module) -> Iterator[None]:
+    """Keep transformers from putting the hooks that collect outputs on stand-ins, which it would do once for all."""
+    models = [module for module in decoder.modules() if not module.__dict__.get(HOOKS_INSTALLED)]
+    try:
+        for module in models:
+            module.__dict__[HOOKS_INSTALLED] = True
+        yield
+    finally:
+        for module in models:
+            del module.__dict__[HOOKS_INSTALLED]
 
 
 @torch.no_grad()
@@ -119,7 +132,7 @@ def embeddings_given(
         call: dict[str, Any] = {**tokens, "position_ids": slots[None], "use_cache": False}
         call = {name: value for name, value in call.items() if name in parameters}
         try:
-            with _replaced(swaps):
+            with _no_hooks_installed(decoder), _replaced(swaps):
                 forward(decoder, **call)
         except _SeenAll:
             return {name: given[f"{id(parent)}.{child}"] for name, (parent, child) in blocks.items()}

@@ -156,6 +156,21 @@ def test_looking_leaves_the_model_as_it_was():
         assert torch.equal(each[1], sin)
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+@torch.no_grad()
+def test_hidden_states_and_attention_weights_are_collected_from_the_layers(used_before):
+    """transformers puts hooks on them at the first forward that asks for it, which looking is not."""
+    model = tiny_llama(output_hidden_states=True, output_attentions=True)
+    if used_before:
+        model(tokens(5))
+    assert freqkv.supported(model)
+    for patched in (False, True):
+        if patched:
+            freqkv.patch(model, window=N)
+        output = model(tokens(5))
+        assert (len(output.hidden_states), len(output.attentions)) == (3, 2)
+
+
 def test_a_patched_model_is_looked_at_as_it_is_unpatched():
     model = tiny_llama()
     expected = [str(layer) for layer in analyse(model).layers]
