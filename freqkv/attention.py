@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -471,11 +471,17 @@ class _AttentionForward(_Wrapper):
             if shared_kv is not None and not self.layer.reads_shared and len(parts) > 1:
                 shared_kv.keep(total, last=part is parts[-1])
             outputs.append(output)
+        spread = None
+        # Weights are given out where a call has one part only.
+        if cache is not None and cache.weights_asked and cache.row_tokens is not None and outputs:
+            entering = parts[0].entering.tokens
+            batch = range(hidden_states.shape[0])
+            taking_part = entering.cut.rows if isinstance(entering, RaggedRound) else batch
+            spread = functools.partial(_spread, taking_part, tokens, cache.columns_known())
         if cache is not None and cache.ragged is not None:
-            spread = None
-            if cache.weights_asked and isinstance(parts[0].entering.tokens, RaggedRound):  # and there is one round only
-                spread = functools.partial(_spread, parts[0].entering.tokens, tokens, cache.columns_known())
             return _unpacked(outputs, [part.packing for part in parts], hidden_states, spread)
+        if spread is not None:
+            return outputs[0][0], *_besides(outputs, spread)
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], Tensor):
@@ -1239,11 +1245,13 @@ def _besides(outputs: list[Any], spread: Callable[[Tensor], Tensor | None] | Non
         yield (spread(first) if is_weights and spread is not None else first) if same else None
 
 
-def _spread(part: RaggedRound, tokens: int, known: Tensor | None, weights: Tensor) -> Tensor:
-    """Attention weights of a round over the columns of the call and of those before it; zeros for padding.
+def _spread(rows: Sequence[int], tokens: int, known: Tensor | None, weights: Tensor) -> Tensor:
+    """Attention weights of padded rows over the columns of the call and of those before it; zeros for padding.
 
     Parameters
     ----------
+    rows : sequence of int
+        The rows of the batch that took part.
     tokens : int
         Columns of the call.
     known : Tensor
@@ -1252,10 +1260,10 @@ def _spread(part: RaggedRound, tokens: int, known: Tensor | None, weights: Tenso
         `(rows, heads, width, entries)`: queries right-aligned, entries of a row in the order of its tokens.
     """
     assert known is not None
-    spread = weights.new_zeros(part.batch, weights.shape[1], tokens, known.shape[1])
-    for place, (row, count, entries) in enumerate(zip(part.cut.rows, part.cut.counts, part.cut.entries, strict=True)):
+    spread = weights.new_zeros(known.shape[0], weights.shape[1], tokens, known.shape[1])
+    for place, row in enumerate(rows):
         queries, keys = known[row, -tokens:].nonzero()[:, 0], known[row].nonzero()[:, 0]
-        spread[row][:, queries[:, None], keys] = weights[place, :, weights.shape[2] - count :, :entries]
+        spread[row][:, queries[:, None], keys] = weights[place, :, weights.shape[2] - len(queries) :, : len(keys)]
     return spread
 
 

@@ -378,16 +378,20 @@ def test_attention_weights():
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[3, 9, 6], [5, 5, 5]])
 @torch.no_grad()
-def test_attention_weights_of_padded_rows(side, cached):
+def test_attention_weights_of_padded_rows(lengths, side, cached):
     """As with a DynamicCache, in columns of the call, as long as nothing is compressed; zeros where padding is."""
     plain, model = own_model(attention="eager"), own_model(attention="eager")
     freqkv.patch(model, CONFIG)
-    ids, mask = padded(rows_of([3, 9, 6]))
+    ids, mask = padded(rows_of(lengths))
+    if len(set(lengths)) == 1:  # padding there is all the same
+        ids, mask = (torch.cat([torch.zeros(3, 4, dtype=torch.long), each], 1) for each in (ids, mask))
     if side == "right":
         ids, mask = ids.flip(1), mask.flip(1)
     more = torch.ones(3, 2, dtype=torch.long)
-    more[1, 0] = 0  # padding in a later turn
+    if len(set(lengths)) > 1:
+        more[1, 0] = 0  # padding in a later turn
     second = torch.cat([mask, more], 1)
     third = torch.cat([second, torch.ones(3, 1, dtype=torch.long)], 1)
     turns = [(ids, mask), (tokens(2, 3), second), (tokens(1, 3), third)]
