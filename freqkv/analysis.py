@@ -304,10 +304,10 @@ class _Analyst:
             (tensor.device for tensor in self.model.buffers() if not tensor.is_meta), torch.device("cpu")
         )
         inside = {name: name.removeprefix(f"{prefix}.") for name in names}
+        slots, width = self._slots(device), self.text_config.hidden_size
         try:
-            found = embeddings_given(
-                decoder, list(inside.values()), self._slots(device), self.text_config.hidden_size, self.model.dtype
-            )
+            with _weights_present(self.model, prefix):
+                found = embeddings_given(decoder, list(inside.values()), slots, width, self.model.dtype)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -408,6 +408,8 @@ class _AttentionForward(_Wrapper):
         if args:
             kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
+        if cache is None and (cache := cache_of(kwargs)) is not None:  # under the name that others have
+            kwargs = renamed(kwargs, self.layer.cache_argument)
         if isinstance(cache, FreqKVCache):
             if cache.stepping is not None:
                 return original(**{**kwargs, **self._stepping(kwargs, cache)})
@@ -927,10 +929,9 @@ class _DecoderForward(_ModelForward):
         schedule = self.shared.schedule if cache is None else cache.schedule
         seen = [0] * batch if cache is None else cache.row_tokens or [cache.tokens_seen] * batch
         brings = [tokens] * batch if real is None else real.sum(1).tolist()
-        columns = tokens + (0 if cache is None else cache.tokens_seen)
-        if max(a + b for a, b in zip(seen, brings, strict=True)) > schedule.window or columns > max(
-            schedule.window, tokens
-        ):
+        longest = max(a + b for a, b in zip(seen, brings, strict=True))
+        unknown = tokens > schedule.window if cache is None else not cache.knows_all_columns
+        if longest > schedule.window or unknown:
             raise ValueError(
                 "output_attentions: the weights of padded rows are over the entries of each row, which no longer are the "
                 f"tokens once more than window={schedule.window} of them came, and do not form one matrix. Pass one row at a "
@@ -1289,6 +1290,7 @@ def _wrap(model: nn.Module, shared: _Shared) -> None:
     for module in inside:
         if isinstance(module, GenerationMixin):
             wanted += [(module, _PrepareCacheForGeneration, module), (module, _PrepareInputsForGeneration, module)]
-    for module, wrapper, about in wanted:
-        if module in inside and (module, wrapper.name) not in wrapped:
-            replace_method(module, wrapper(about, shared))
+    lacking = [each for each in wanted if each[0] in inside and (each[0], each[1].name) not in wrapped]
+    made = [(module, wrapper(about, shared)) for module, wrapper, about in lacking]
+    for module, replacement in made:
+        replace_method(module, replacement)

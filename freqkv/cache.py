@@ -401,6 +401,11 @@ class FreqKVCache(SegmentedCache):
         self.common = {}
         self._touched = False
 
+    @property
+    def knows_all_columns(self) -> bool:
+        """Whether it is known of all columns so far which of them were padding."""
+        return self._last_real is None or self._last_real.shape[1] >= self.tokens_seen
+
     def columns_known(self) -> Tensor | None:
         """What of the columns up to the end of the present forward is no padding, `(batch, columns)`; None for all.
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from freqkv.upstream import HOOK, HOOKED_FORWARD
 
-__all__ = ["Method", "Replacement", "own_class", "replace_method", "replacements", "restore_methods"]
+__all__ = ["Method", "Replacement", "own_class", "replace_method", "replacements", "restore_methods", "shallow_copy"]
 
 Method: TypeAlias = Callable[..., Any]
 # Where an instance keeps its replacements, by the name of the method, and a class made here the one it was made from.
@@ -52,6 +52,20 @@ class Replacement:
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call by name."""
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with the same parameters, buffers and children, to which others can be given without the first one's notice.
+
+    Accelerate's hook is left out: it would run the first one.
+    """
+    new = type(module).__new__(type(module))
+    state = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    if HOOK in state:
+        for name in (HOOK, HOOKED_FORWARD, "forward"):
+            state.pop(name, None)
+    new.__dict__.update(state)
+    return new
 
 
 def replacements(root: nn.Module) -> Iterator[tuple[nn.Module, Replacement]]:
@@ -103,7 +117,7 @@ def _derived(base: Any, names: frozenset[str]) -> Any:
         _, _, *rest = base.__reduce_ex__(self, protocol)
         return _new, (base, names), *rest
 
-    members = {name: _method(getattr(base, name), name) for name in names}
+    members = {name: _method(base, name) for name in names}
     members |= {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__, BASE: base}
     derived: Any = type(base)(base.__name__, (base,), members)
     derived.__qualname__ = base.__qualname__
@@ -115,13 +129,16 @@ def _new(base: Any, names: frozenset[str]) -> Any:
     return derived.__new__(derived)
 
 
-def _method(original: Method, name: str) -> Any:
+def _method(base: Any, name: str) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(base, name)  # looked up at each call: other libraries replace methods of classes
         present = self.__dict__.get(REPLACEMENTS)
         replacement = None if present is None else present.get(name)
         if replacement is None:  # restored, and somebody kept the method
             return original(self, *args, **kwargs)
         return replacement(replacement.replaced or functools.partial(original, self), *args, **kwargs)
+
+    original = getattr(base, name)
 
     # Not functools.wraps: those who follow `__wrapped__` to its end, as accelerate does, would leave this method out.
     method.__name__, method.__qualname__, method.__doc__ = name, original.__qualname__, original.__doc__

@@ -1,23 +1,22 @@
 """What a decoder gives its layers: its own forward is run over a few tokens, with stand-ins in the place of the layers.
 
 Which embeddings an attention layer gets is the decoder's choice: some layers get none and do not rotate, some get those of
-a rotary module of their own. No weight is touched, and the model is as it was before when :func:`embeddings_given` returns.
+a rotary module of their own. It runs on a copy of the tree of modules: no weight is touched, and nothing is left on the model.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freqkv.methods import own_class
+from freqkv.methods import own_class, shallow_copy
 from freqkv.rotary import pristine
-from freqkv.upstream import HOOKS_INSTALLED, is_rotary
+from freqkv.upstream import HOOK, is_rotary
 
 __all__ = ["NOT_GIVEN", "embeddings_given"]
 
@@ -34,10 +33,10 @@ class _StandIn(nn.Module):
     """Takes the place of a layer: notes what it is called with, and returns the hidden states as they came."""
 
     def __init__(
-        self, layer: nn.Module, name: str, given: dict[str, Any], wanted: frozenset[str], as_tuple: bool
+        self, layer: nn.Module, place: Any, given: dict[Any, Any], wanted: frozenset[Any], as_tuple: bool
     ) -> None:
         super().__init__()
-        hidden = {"layer": layer, "name": name, "given": given, "wanted": wanted, "as_tuple": as_tuple}
+        hidden = {"layer": layer, "place": place, "given": given, "wanted": wanted, "as_tuple": as_tuple}
         self.__dict__.update(hidden)  # not as a child, and before `__getattr__` is asked for anything
         self.parameter_names = list(inspect.signature(layer.forward).parameters)
 
@@ -46,37 +45,27 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
-        self.given[self.name] = call.get(EMBEDDINGS, NOT_GIVEN)
+        self.given[self.place] = call.get(EMBEDDINGS, NOT_GIVEN)
         if self.wanted <= self.given.keys():
             raise _SeenAll
         hidden_states = args[0] if args else call["hidden_states"]
         return (hidden_states, None) if self.as_tuple else hidden_states
 
 
-@contextmanager
-def _replaced(replacements: Mapping[tuple[nn.Module, str], nn.Module]) -> Iterator[None]:
-    """Other children in the place of some, for a while."""
-    before = [(parent, name, parent._modules[name]) for parent, name in replacements]
-    try:
-        for (parent, name), child in replacements.items():
-            parent._modules[name] = child
-        yield
-    finally:
-        for parent, name, original in before:
-            parent._modules[name] = original
-
-
-@contextmanager
-def _no_hooks_installed(decoder: nn.Module) -> Iterator[None]:
-    """Keep transformers from putting the hooks that collect outputs on stand-ins, which it would do once for all."""
-    models = [module for module in decoder.modules() if not module.__dict__.get(HOOKS_INSTALLED)]
-    try:
-        for module in models:
-            module.__dict__[HOOKS_INSTALLED] = True
-        yield
-    finally:
-        for module in models:
-            del module.__dict__[HOOKS_INSTALLED]
+def _copied(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of a tree of modules with others in the place of some: the first one may be in use by other threads."""
+    new = shallow_copy(module)
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        inside = list(child.modules())
+        if child in replaced:
+            new._modules[name] = replaced[child]
+        elif is_rotary(child):
+            new._modules[name] = pristine(child)
+        elif any(inner in replaced for inner in inside) or not any(HOOK in inner.__dict__ for inner in inside):
+            new._modules[name] = _copied(child, replaced)  # else its hook brings its weights
+    return new
 
 
 @torch.no_grad()
@@ -109,33 +98,31 @@ def embeddings_given(
     """
     blocks = {name: _block(decoder, name) for name in names}
     lists = {parent for parent, _ in blocks.values()}
-    wanted = frozenset(f"{id(parent)}.{child}" for parent, child in blocks.values())
+    wanted = frozenset(blocks.values())
     errors: list[Exception] = []
     forward: Any = own_class(decoder).forward  # type: ignore[attr-defined]  # a model may be looked at that is patched
     parameters = inspect.signature(forward).parameters
-    zeros = torch.zeros_like(slots)[None]
     inputs = (
         {"inputs_embeds": torch.zeros(1, len(slots), hidden_size, dtype=dtype, device=slots.device)},
-        {"input_ids": zeros},
+        {"input_ids": torch.zeros_like(slots)[None]},
     )
     # Some take hidden states only together with the ids they came from, some ask a layer for a tuple.
     for tokens, as_tuple in itertools.product(inputs, (False, True)):
-        given: dict[str, Any] = {}
-        swaps: dict[tuple[nn.Module, str], nn.Module] = {
-            (parent, child): _StandIn(layer, f"{id(parent)}.{child}", given, wanted, as_tuple)
+        given: dict[tuple[nn.Module, str], Any] = {}
+        stand_ins: dict[nn.Module, nn.Module] = {
+            layer: _StandIn(layer, (parent, child), given, wanted, as_tuple)
             for parent in lists
             for child, layer in parent.named_children()
-            if isinstance(parent, nn.ModuleList) or (parent, child) in blocks.values()
+            if isinstance(parent, nn.ModuleList) or (parent, child) in wanted
         }
-        for parent in decoder.modules():  # calling a rotary module may change its buffers (dynamic RoPE types)
-            swaps |= {(parent, child): pristine(m) for child, m in parent.named_children() if is_rotary(m)}
         call: dict[str, Any] = {**tokens, "position_ids": slots[None], "use_cache": False}
         call = {name: value for name, value in call.items() if name in parameters}
+        devices = [slots.device] if slots.device.type == "cuda" else []
         try:
-            with _no_hooks_installed(decoder), _replaced(swaps):
-                forward(decoder, **call)
+            with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
+                forward(_copied(decoder, stand_ins), **call)
         except _SeenAll:
-            return {name: given[f"{id(parent)}.{child}"] for name, (parent, child) in blocks.items()}
+            return {name: given[block] for name, block in blocks.items()}
         except Exception as error:
             errors.append(error)
     raise errors[0] if errors else RuntimeError("not all of its layers were called")

@@ -6,7 +6,6 @@ from one table of `window` rows, computed by the model's own rotary module.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from freqkv.methods import shallow_copy
 from freqkv.transform import compute_dtype
 from freqkv.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
 
@@ -166,7 +166,9 @@ def pristine(rotary: nn.Module) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         if any(buffer.is_meta for buffer in rotary.buffers()):  # without weights: all follows from the configuration
             return type(rotary)(rotary.config)
-        new: Any = copy.deepcopy(rotary)
+        new: Any = shallow_copy(rotary)
+        for name, buffer in list(new._buffers.items()):
+            new._buffers[name] = None if buffer is None else buffer.clone()
         for prefix in _kinds(rotary):
             if changes_with_length(rotary, prefix):
                 original = getattr(new, f"{prefix}{ORIGINAL_FREQUENCIES}")

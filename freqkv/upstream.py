@@ -56,8 +56,6 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 # Where accelerate keeps its hook on a module, and the forward that the hook calls.
 HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
-# On a model: whether the hooks that collect hidden states and attention weights are on its layers already.
-HOOKS_INSTALLED = "_output_capturing_hooks_installed"
 RELEASE = Version(transformers.__version__)
 # Whether gradient checkpointing takes the cache away from layers only where gradients are computed.
 CHECKPOINTS_WITH_GRADIENTS_ONLY = Version("5.24") <= RELEASE

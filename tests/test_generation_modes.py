@@ -411,6 +411,31 @@ def test_attention_weights_of_padded_rows(lengths, side, cached):
         assert torch.allclose(output.logits[real], truth.logits[real], atol=1e-4)
 
 
+@torch.no_grad()
+def test_attention_weights_are_refused_where_the_columns_are_not_known():
+    """Padding of long ago is forgotten, and not stored in files; without a cache, longer calls are cut."""
+    model = own_model(attention="eager")
+    freqkv.patch(model, CONFIG)
+    more, cache = tokens(2, 2), new_cache()
+    mask = torch.ones(2, N + 3, dtype=torch.long)
+    mask[0, 3:12] = 0
+    mask[1, 4:12] = 0
+    model(tokens(N + 3, 2), attention_mask=mask, **{CACHE: cache})
+    for _ in range(2):
+        model(tokens(1, 2), **{CACHE: cache})
+    cache.crop(-5)
+    seen = cache.tokens_seen
+    with pytest.raises(ValueError, match="weights of padded rows"):
+        model(more, **{CACHE: cache}, output_attentions=True)
+    assert (cache.tokens_seen, cache.is_spent) == (seen, False)
+    with pytest.raises(ValueError, match="weights of padded rows"):
+        model(tokens(N + 3, 2), attention_mask=mask, use_cache=False, output_attentions=True)
+    nothing = torch.zeros(2, 2, dtype=torch.long)
+    cache = new_cache()
+    model(more, attention_mask=nothing, **{CACHE: cache}, output_attentions=True)
+    assert cache.row_tokens == [0, 0]
+
+
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 @pytest.mark.parametrize("where", ["model", "call"])
 def test_a_cache_that_the_generation_config_names(implementation, where, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -215,3 +216,35 @@ def test_a_class_that_another_library_derives_is_left_to_it(model):
     freqkv.patch(model, window=N)
     assert type(attention) is derived
     assert torch.equal(model(ids, use_cache=False).logits, compressed)
+
+
+@torch.no_grad()
+def test_methods_that_are_replaced_on_the_class_are_heeded(monkeypatch):
+    """As libraries of kernels do, also after a model of the class was patched."""
+    freqkv.unpatch(freqkv.patch(tiny_llama()).model)
+    calls = []
+    for cls in (LlamaForCausalLM, type(tiny_llama().model.layers[0].self_attn)):
+
+        def counted(self, *args, forward=cls.forward, **kwargs):
+            calls.append(type(self).__name__)
+            return forward(self, *args, **kwargs)
+
+        counted.__signature__ = inspect.signature(cls.forward)
+        monkeypatch.setattr(cls, "forward", counted)
+    model = tiny_llama()
+    freqkv.patch(model)
+    for given in ({}, {CACHE: FreqKVCache(model.config, window=N)}):
+        calls.clear()
+        model(tokens(5), **given)
+        assert calls == ["LlamaForCausalLM", "LlamaAttention", "LlamaAttention"]
+
+
+@torch.no_grad()
+def test_a_forward_that_the_instance_had_is_given_back():
+    model = tiny_llama()
+    own = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    before = model.model.layers[0].self_attn.forward
+    freqkv.patch(model)
+    freqkv.unpatch(model)
+    assert model.model.layers[0].self_attn.__dict__["forward"] is before

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
 import zoo
+from accelerate import cpu_offload
 from catching import Catcher, Caught, identity
 from models import tiny_llama, tokens
 from test_method import stream
@@ -205,3 +208,48 @@ def test_a_decoder_that_does_not_run_like_this_is_refused():
     model.model.__class__ = Strange
     with pytest.raises(freqkv.UnsupportedModelError, match=r"could not be looked at: Strange.*a_missing_argument"):
         freqkv.patch(model)
+
+
+@torch.no_grad()
+def test_looking_leaves_no_hooks_and_no_random_numbers_behind():
+    model = tiny_llama(output_hidden_states=True, output_attentions=True).train()
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    children = {name: dict(m._modules) for name, m in model.named_modules()}
+    state = torch.get_rng_state()
+    assert freqkv.supported(model)
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
+    assert {name: dict(m._modules) for name, m in model.named_modules()} == children
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_looking_does_not_disturb_forwards_in_other_threads():
+    model, ids = tiny_llama(), tokens(5)
+    expected = model(ids).logits
+    done = threading.Event()
+
+    def look():
+        while not done.is_set():
+            assert freqkv.supported(model)
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            for _ in range(150):
+                assert torch.equal(model(ids).logits, expected)
+        finally:
+            done.set()
+        looking.result()
+
+
+@pytest.mark.parametrize("family", ["zaya", "hrm_text", "llama", "gemma4_text"])
+@torch.no_grad()
+def test_weights_that_accelerate_brings(family):
+    """Decoders with parameters of their own run with them."""
+    model = zoo.tiny_model(family)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    freqkv.patch(model)
+    ids = torch.randint(3, 100, (1, 3 * N), generator=torch.Generator().manual_seed(1))
+    cache = FreqKVCache(model.config, window=N)
+    assert model(input_ids=ids, **{CACHE: cache}).logits.isfinite().all()
+    assert cache.tokens_seen == 3 * N
