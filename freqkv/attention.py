@@ -32,6 +32,7 @@ from freqkv.schedule import Schedule, Segment
 from freqkv.upstream import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     CACHE,
+    CACHE_NAMES,
     CHECKPOINTS_WITH_GRADIENTS_ONLY,
     PREPARE_CACHE,
     PREPARE_INPUTS,
@@ -403,12 +404,15 @@ class _AttentionForward(_Wrapper):
         super().__init__(layer.module, shared)
         self.layer = layer
         self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
+        self.renamed = (
+            layer.cache_argument == CACHE_NAMES[0]
+        )  # before, that was the name of what continuous batching brings
 
     def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
-        if cache is None and (cache := cache_of(kwargs)) is not None:  # under the name that others have
+        if cache is None and self.renamed and (cache := cache_of(kwargs)) is not None:  # a layer has the former name
             kwargs = renamed(kwargs, self.layer.cache_argument)
         if isinstance(cache, FreqKVCache):
             if cache.stepping is not None:

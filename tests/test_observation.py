@@ -248,8 +248,12 @@ def test_weights_that_accelerate_brings(family):
     """Decoders with parameters of their own run with them."""
     model = zoo.tiny_model(family)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    freqkv.patch(model)
     ids = torch.randint(3, 100, (1, 3 * N), generator=torch.Generator().manual_seed(1))
+    try:
+        model(input_ids=ids)
+    except KeyError:
+        pytest.skip("this transformers does not run it offloaded")
+    freqkv.patch(model)
     cache = FreqKVCache(model.config, window=N)
     assert model(input_ids=ids, **{CACHE: cache}).logits.isfinite().all()
     assert cache.tokens_seen == 3 * N

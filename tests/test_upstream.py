@@ -204,6 +204,25 @@ def test_models_take_the_cache_under_both_names(name):
     assert torch.equal(model(ids, **{CACHE: other}).logits, tiny_llama()(ids).logits)
 
 
+@pytest.mark.skipif(not RENAMED, reason="there is no former name yet")
+@torch.no_grad()
+def test_a_layer_that_uses_the_former_name_hands_its_cache_on():
+    """As code from elsewhere may; attention modules take it until 5.40."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {OLD if name == NEW else name: value for name, value in kwargs.items()},
+            ),
+            with_kwargs=True,
+        )
+    freqkv.patch(model, window=N)
+    for cache in (FreqKVCache(model.config, window=N), DynamicCache(config=model.config)):
+        model(tokens(2 * N), **{NEW: cache})
+        assert cache.get_seq_length() == 2 * N
+
+
 @pytest.mark.parametrize("name", [OLD, NEW])
 @pytest.mark.filterwarnings(
     "ignore:.past_key_values. is deprecated.*generate:FutureWarning"
