@@ -331,10 +331,9 @@ class _Analyst:
             return nearest
         if given is None:
             return None
-        for rotary in ([] if nearest is None else [nearest], self._all_rotaries()):
-            for each in rotary:
-                if self._gives(each, given):
-                    return each
+        for rotary in itertools.chain([] if nearest is None else [nearest], self._all_rotaries()):
+            if self._gives(rotary, given):
+                return rotary
         raise self.refuse(f"gives {name} position embeddings that come from none of its rotary modules as they are")
 
     def _all_rotaries(self) -> Iterator[Rotary]:

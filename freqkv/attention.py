@@ -404,15 +404,14 @@ class _AttentionForward(_Wrapper):
         super().__init__(layer.module, shared)
         self.layer = layer
         self.kind = shared.kinds.setdefault(layer.kind, len(shared.kinds))
-        self.renamed = (
-            layer.cache_argument == CACHE_NAMES[0]
-        )  # before, that was the name of what continuous batching brings
+        # Before the cache was renamed, continuous batching brought its pages under what is its name now.
+        self.has_former_name = layer.cache_argument == CACHE_NAMES[0]
 
     def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
-        if cache is None and self.renamed and (cache := cache_of(kwargs)) is not None:  # a layer has the former name
+        if cache is None and self.has_former_name and (cache := cache_of(kwargs)) is not None:
             kwargs = renamed(kwargs, self.layer.cache_argument)
         if isinstance(cache, FreqKVCache):
             if cache.stepping is not None:

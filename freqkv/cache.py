@@ -259,10 +259,8 @@ class FreqKVCache(SegmentedCache):
         self._entering_real: Tensor | None = None  # what is no padding, of this call
         self._last_real: Tensor | None = None  # and of the columns before it, see _remembered
         self.history = History(self.config.schedule.window)
-        self._entering: tuple[Tensor | None, Tensor | None] = (
-            None,
-            None,
-        )  # ids of this call, and what of it is no padding
+        # Ids of this call, and what of it is no padding.
+        self._entering: tuple[Tensor | None, Tensor | None] = None, None
         self._began: tuple[int, list[int] | None] = (0, None)
         self._touched = False
         self.static = static
@@ -288,6 +286,11 @@ class FreqKVCache(SegmentedCache):
             yield
         finally:
             self._prepares = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can go back at all, once past recording is activated; assisted decoding asks for it."""
+        return self._extra_state is None and super().is_croppable  # type: ignore[no-any-return]
 
     @property
     def tokens_seen(self) -> int:

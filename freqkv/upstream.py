@@ -203,6 +203,8 @@ def is_rotary(module: nn.Module) -> bool:
 def missing() -> tuple[str, ...]:
     """What FreqKV needs of transformers and the installed release has not, in words."""
     lacks = []
+    if Version(TESTED[0]) > RELEASE:
+        lacks.append("it is older than any that was tested")
     for module, name, wanted in SEAM:
         function = _find(module, name)
         if function is None:

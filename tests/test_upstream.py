@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import zoo
 from models import tiny_llama, tokens
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -76,6 +77,7 @@ def test_layers_say_whether_they_can_be_cropped():
     assert cache_utils.DynamicLayer.is_croppable, changed("is_croppable of layers")
     assert FreqKVCache(tiny_llama().config, window=N).is_croppable
     assert all(isinstance(layer.is_croppable, bool) for layer in FreqKVCache(tiny_llama().config, window=N).layers)
+    assert not FreqKVCache(zoo.tiny_config("minimax"), window=N).is_croppable  # its lightning attention keeps no past
 
 
 @pytest.mark.parametrize("former", [OLD])
@@ -143,6 +145,10 @@ def test_a_release_that_breaks_the_seam_is_refused(monkeypatch, entry, how):
 
 
 def test_other_breaks_are_refused(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(upstream, "RELEASE", Version("5.16.1"))
+        refused("older than any that was tested")
+
     class Asks(cache_utils.CacheLayerMixin):
         pass
 
