@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 # Of the window: rows of one token beside rows of ten windows.
 LENGTHS = (0.0, 0.1, 0.5, 0.99, 1.0, 1.5, 3.0, 10.0)

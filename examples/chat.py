@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 import freqkv
 from freqkv import CacheFileError, FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 COMMANDS = "/save [FILE], /load [FILE], /reset, /memory, /quit; Ctrl-C ends an answer"
 ABOUT_SHIPPED = (

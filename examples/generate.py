@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TextStreamer, set_seed
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 
 def parse_arguments() -> argparse.Namespace:

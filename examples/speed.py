@@ -42,8 +42,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
 from freqkv.layer import FreqKVLayer
-from freqkv.methods import replacements
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
+from freqkv.patching.methods import replacements
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 SHAPES = {
@@ -523,6 +523,8 @@ def peak(args: argparse.Namespace) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
+    if isinstance(cache, FreqKVCache):
+        return cache.nbytes  # allocated, not only in use
     return sum(
         tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
     )
@@ -621,9 +623,10 @@ def outside_the_graph(model: PreTrainedModel, step: Callable[..., Any], cache: F
         for index in range(ids.shape[1]):
             inputs = {"input_ids": ids[:, index : index + 1], CACHE: other}
             started, before = clock(ids.device), len(folding)
-            if not forward._begins_step(inputs, other):
+            request = forward._begin_step(inputs, other)
+            if request is None:
                 raise RuntimeError("this token is not one for a graph")
-            other.end_step()
+            forward._end_step(other, request, ())
             spent += clock(ids.device) - started - sum(folding[before:])
             step(inputs["input_ids"], **{CACHE: cache})
     return spent

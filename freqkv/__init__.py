@@ -1,15 +1,14 @@
 """FreqKV: a KV cache that lets RoPE language models in Transformers run forever inside their own context window."""
 
-from freqkv.analysis import Support, supported
-from freqkv.attention import Patch, patch, unpatch
-from freqkv.cache import FreqKVCache, UnsupportedModelError
-from freqkv.compressors import Compressor, keep_recent, low_pass_entries, mean_pool
+from freqkv.cache import FreqKVCache
+from freqkv.compressors import Compressor, KeepAttended, Span, keep_attended, keep_recent, low_pass_entries, mean_pool
 from freqkv.config import FreqKVConfig
-from freqkv.schedule import Fold, Schedule, Segment
-from freqkv.serialization import CacheFileError
+from freqkv.errors import CacheFileError, UnsupportedModelError
+from freqkv.models.support import Support, supported
+from freqkv.patching.handle import Patch, patch, unpatch
+from freqkv.schedule import Fold, FreqKVSchedule, Schedule
 from freqkv.transform import dct, idct, low_pass
-
-__version__ = "0.1.0"
+from freqkv.version import __version__
 
 __all__ = [
     "CacheFileError",
@@ -17,13 +16,17 @@ __all__ = [
     "Fold",
     "FreqKVCache",
     "FreqKVConfig",
+    "FreqKVSchedule",
+    "KeepAttended",
     "Patch",
     "Schedule",
-    "Segment",
+    "Span",
     "Support",
     "UnsupportedModelError",
+    "__version__",
     "dct",
     "idct",
+    "keep_attended",
     "keep_recent",
     "low_pass",
     "low_pass_entries",

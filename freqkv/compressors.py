@@ -1,52 +1,245 @@
-"""What squeezes a span of the cache: functions `(keys, values, keep) -> (keys, values)`.
+"""Compressors: what a fold makes of a span of the cache.
 
-A compressor gets the entries of one fold, keys *before* RoPE and values, `(batch, heads, n, head_dim)` each (the two
-head sizes may differ), in float32 (float64 for float64 models), and returns `keep` entries of each in their place. It
-must not look at anything else: what is squeezed, and when, is the schedule's.
+A compressor is a function of a :class:`Span`, or of `(keys, values, keep)`, that returns `keep` entries of each. It must not
+look at anything else: what is compressed, and when, is the schedule's. One that has an attribute `queries = w` gets the last
+`w` queries as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import operator
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from freqkv.transform import low_pass
 
-__all__ = ["Compressor", "check_compressor", "compressor_name", "keep_recent", "low_pass_entries", "mean_pool"]
+__all__ = [
+    "Compressor",
+    "KeepAttended",
+    "Span",
+    "check_compressor",
+    "compress",
+    "compressor_name",
+    "keep_attended",
+    "keep_recent",
+    "low_pass_entries",
+    "mean_pool",
+    "queries_wanted",
+]
 
-Compressor: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The entries that one fold compresses, in float32 (float64 for float64 models).
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        `(rows, kv_heads, n, head_dim)`, oldest first; keys *before* RoPE. The two head sizes may differ.
+    keep : int
+        How many entries are wanted in their place.
+    layer_idx : int
+        The layer of the cache, counted as the model counts its layers.
+    start : int
+        The slot of the first entry.
+    queries : Tensor or None
+        `(rows, heads, m, head_dim)`: the last queries before the fold, before RoPE, oldest first, without gradients; None
+        unless the compressor asks for them. `m` is the number that it asks for, or that of the tokens since the fold before,
+        if that is less.
+    query_start : int
+        The slot of the first of them.
+    scaling : float
+        By which the model multiplies queries times keys.
+    rotate : callable
+        `(x, slot) -> x`: RoPE at the slots from `slot` on, of queries or keys.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep: int
+    layer_idx: int = 0
+    start: int = 0
+    queries: Tensor | None = None
+    query_start: int = 0
+    scaling: float = 1.0
+    rotate: Callable[[Tensor, int], Tensor] = lambda x, slot: x
+
+    def attention(self) -> Tensor:
+        """Attention of the queries over the entries of the span alone, `(rows, heads, m, n)`; a query sees no later entry.
+
+        The weights of a query add up to 1, or to 0 where it stands before all entries.
+
+        Raises
+        ------
+        ValueError
+            If the compressor did not ask for queries.
+        """
+        if self.queries is None:
+            raise ValueError("this span has no queries: give the compressor an attribute, such as queries = 64")
+        queries, keys = self.rotate(self.queries, self.query_start), self.rotate(self.keys, self.start)
+        rows, heads, count, size = queries.shape
+        groups = queries.reshape(rows, keys.shape[1], -1, count, size)  # as many query heads for each KV head
+        logits = (groups @ keys[:, :, None].mT).reshape(rows, heads, count, -1) * self.scaling
+        query_slots = torch.arange(count, device=keys.device)[:, None] + self.query_start
+        ahead = torch.arange(keys.shape[2], device=keys.device) + self.start > query_slots
+        return logits.masked_fill(ahead, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
-def low_pass_entries(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+Pair: TypeAlias = tuple[Tensor, Tensor]
+Compressor: TypeAlias = Callable[[Tensor, Tensor, int], Pair] | Callable[[Span], Pair]
+
+
+def low_pass_entries(keys: Tensor, values: Tensor, keep: int) -> Pair:
     """FreqKV: keep the lowest frequencies of each head and channel (arXiv 2505.00570, section 3.2)."""
     return low_pass(keys, keep, dim=-2), low_pass(values, keep, dim=-2)
 
 
-def keep_recent(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def keep_recent(keys: Tensor, values: Tensor, keep: int) -> Pair:
     """Keep the last `keep` entries: behind sink tokens, StreamingLLM's rule (arXiv 2309.17453)."""
     return keys[..., -keep:, :], values[..., -keep:, :]
 
 
-def mean_pool(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def mean_pool(keys: Tensor, values: Tensor, keep: int) -> Pair:
     """Average `keep` runs of neighbouring entries, each n / keep long (overlapping by one where that is no integer)."""
 
     def pool(x: Tensor) -> Tensor:
-        runs = functional.adaptive_avg_pool1d(x.flatten(0, 1).transpose(1, 2), keep)  # (batch * heads, head_dim, keep)
+        runs = functional.adaptive_avg_pool1d(x.flatten(0, 1).transpose(1, 2), keep)  # (rows * heads, head_dim, keep)
         return runs.transpose(1, 2).reshape(*x.shape[:2], keep, x.shape[-1])
 
     return pool(keys), pool(values)
 
 
+@dataclass(frozen=True)
+class KeepAttended:
+    """Keep the entries that the last queries attend to most, for each KV head; they stay in order.
+
+    The score of an entry is the attention that it gets from the last `queries` queries (:meth:`Span.attention`), averaged
+    over them and over the query heads of its KV head, then over the `pool` entries around it, as in SnapKV
+    (arXiv 2404.14469). Which entries are kept has no gradient; keys and values have theirs.
+
+    Parameters
+    ----------
+    queries : int
+        How many queries have a say.
+    pool : int
+        Width of the average along the sequence, odd; 1 for none.
+    """
+
+    queries: int = 64
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "pool"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool={self.pool} must be odd, so that entries stand in the middle")
+
+    def __call__(self, span: Span) -> Pair:
+        with torch.no_grad():
+            weights = span.attention()
+            rows, kv_heads, n, _ = span.keys.shape
+            scores = weights.reshape(rows, kv_heads, -1, n).mean(dim=2)
+            scores = functional.avg_pool1d(scores, self.pool, stride=1, padding=self.pool // 2, count_include_pad=False)
+            kept = scores.topk(span.keep, dim=-1).indices.sort(dim=-1).values[..., None]
+        return span.keys.take_along_dim(kept, dim=2), span.values.take_along_dim(kept, dim=2)
+
+    @property
+    def __name__(self) -> str:
+        return "keep_attended" if self == keep_attended else f"keep_attended(queries={self.queries}, pool={self.pool})"
+
+
+keep_attended = KeepAttended()
+
+
+def takes_span(compressor: Any) -> bool:
+    """Whether a compressor takes a :class:`Span`, rather than `(keys, values, keep)`.
+
+    Raises
+    ------
+    TypeError
+        If it takes neither one argument nor three.
+    """
+    try:
+        parameters = inspect.signature(compressor).parameters.values()
+    except ValueError:  # written in C
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    variable = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(required) == 1 and (len(positional) < 3 or positional[0].name == "span"):
+        return True
+    if len(required) <= 3 and (len(positional) >= 3 or variable):
+        return False
+    raise TypeError(
+        f"compressor {compressor_name(compressor)} takes {len(required)} arguments: it must be a function of a freqkv.Span, or "
+        "of (keys, values, keep)"
+    )
+
+
 def check_compressor(compressor: Compressor) -> Compressor:
-    """Raise TypeError where a compressor cannot be called."""
+    """Raise TypeError where something is no compressor."""
     if not callable(compressor):
         raise TypeError(f"compressor is a function (keys, values, keep) -> (keys, values), got {compressor!r}")
+    if queries_wanted(compressor) and not takes_span(compressor):
+        raise TypeError(
+            f"compressor {compressor_name(compressor)} asks for queries, so it must take a freqkv.Span, not (keys, "
+            "values, keep)"
+        )
+    takes_span(compressor)
     return compressor
+
+
+def queries_wanted(compressor: Compressor) -> int:
+    """How many of the last queries a compressor asks for, by its attribute `queries`; 0 for none."""
+    queries = getattr(compressor, "queries", 0)
+    try:
+        count = operator.index(queries)
+    except TypeError:
+        count = -1
+    if count < 0 or isinstance(queries, bool):
+        raise TypeError(
+            f"compressor {compressor_name(compressor)} has queries={queries!r}: it must be a number of queries"
+        )
+    return count
+
+
+def compress(compressor: Compressor, span: Span) -> Pair:
+    """What a compressor makes of a span.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it returns something else than a pair of tensors of the shapes that are wanted.
+    """
+    takes = takes_span(compressor)
+    made: Any = compressor(span) if takes else compressor(span.keys, span.values, span.keep)  # type: ignore[call-arg,arg-type]
+    if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(t, Tensor) for t in made)):
+        raise TypeError(
+            f"compressor {compressor_name(compressor)} must return (keys, values), it returned {type(made)}"
+        )
+    for name, before, after in (("keys", span.keys, made[0]), ("values", span.values, made[1])):
+        wanted = (*before.shape[:2], span.keep, before.shape[-1])
+        if tuple(after.shape) != wanted:
+            by = f"compressor {compressor_name(compressor)}"
+            raise ValueError(f"{by} returned {name} of shape {tuple(after.shape)}, expected {wanted}")
+    return made
 
 
 def compressor_name(compressor: Compressor) -> str:
     """What messages call it."""
     return getattr(compressor, "__name__", repr(compressor))
+
+
+def compressor_parameters(compressor: Compressor) -> dict[str, Any]:
+    """The numbers of a compressor that is a dataclass."""
+    is_data = dataclasses.is_dataclass(compressor) and not isinstance(compressor, type)
+    return dataclasses.asdict(compressor) if is_data else {}  # type: ignore[call-overload]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from freqkv.schedule import Fold, Schedule
+from freqkv.schedule import Fold, FreqKVSchedule, Schedules, check_schedule
 
-__all__ = ["FreqKVConfig", "geometry", "make_config"]
+__all__ = ["FreqKVConfig", "geometry", "make_config", "with_schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,11 @@ class FreqKVConfig:
         return Fold(self.sink_tokens, window - self.recent_tokens, keep)
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> FreqKVSchedule:
         """The schedule of a layer. Raises ValueError while `window` is None: see :meth:`resolve`."""
         if self.window is None:
             raise ValueError("window is None: call resolve(model.config) first")
-        return Schedule(self.window, self._fold(self.window))
+        return FreqKVSchedule(self.window, self._fold(self.window))
 
     def resolve(self, model_config: Any) -> FreqKVConfig:
         """Fill in `window` from a model's configuration and warn once if it exceeds the model's context length.
@@ -141,6 +142,33 @@ def make_config(config: FreqKVConfig | None, **numbers: float | None) -> FreqKVC
     if given:
         raise ValueError(f"give the numbers either in config or by name, not both: {', '.join(given)}")
     return config
+
+
+def with_schedule(config: FreqKVConfig | None, schedule: Schedules | None) -> FreqKVConfig | None:
+    """The numbers that go with schedules: of one for all layers its window; else those that were given.
+
+    Raises
+    ------
+    TypeError
+        If it is none, or no dict of them by layer index.
+    ValueError
+        If numbers are given that one schedule for all leaves without effect.
+    """
+    if schedule is None:
+        return config
+    if isinstance(schedule, Mapping):
+        for index, each in schedule.items():
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise TypeError(f"schedule is a dict by layer index, got the key {index!r}")
+            check_schedule(each)
+        return config or FreqKVConfig()
+    window = check_schedule(schedule).window
+    whole = FreqKVConfig(window=window, sink_tokens=0)
+    if config not in (None, whole):
+        raise ValueError(
+            f"give either one schedule for all layers or the numbers, not both: schedule={schedule} decides what {config} would"
+        )
+    return whole
 
 
 def geometry(model_config: Any) -> dict[str, Any]:

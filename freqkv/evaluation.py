@@ -16,7 +16,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 
 @dataclass(frozen=True)

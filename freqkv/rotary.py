@@ -14,16 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from freqkv.methods import shallow_copy
-from freqkv.transform import compute_dtype
-from freqkv.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
+from freqkv.models.modules import shallow_copy
+from freqkv.models.upstream import FREQUENCIES, ORIGINAL_FREQUENCIES, SINUSOIDS
 
 __all__ = [
     "KeyRotation",
-    "SlotRotation",
     "SlotTable",
     "TableVersion",
-    "find_rotation",
     "pristine",
     "sinusoid_table",
     "slot_table",
@@ -86,7 +83,7 @@ class SlotTable:
     sin: Tensor
     _cast: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def turning(self, how: KeyRotation, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def cos_sin(self, how: KeyRotation, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cos, one column for each of `size` channels, and sin, one for each pair, of a rotation and of its inverse."""
         key = how.pairing, how.reverse, size, dtype
         tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = self._cast.get(key)
@@ -253,114 +250,3 @@ def _one_column_a_pair(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tensors(native: Native) -> tuple[Tensor, ...]:
     return (native,) if isinstance(native, Tensor) else native
-
-
-@dataclass(frozen=True)
-class SlotRotation:
-    """Rotation of what one layer caches at its slots, and back.
-
-    Parameters
-    ----------
-    table : SlotTable or None
-        None for a layer whose keys are not rotated.
-    how : KeyRotation or None
-        Likewise.
-    scale : Tensor, optional
-        `(head_dim,)`, by which the layer multiplies its keys once they are rotated (HunYuan's norm).
-    """
-
-    table: SlotTable | None
-    how: KeyRotation | None
-    scale: Tensor | None = None
-
-    def rotate(self, entries: Tensor, slot: int) -> Tensor:
-        """Rotate `(..., n, head_dim)` at slots `slot .. slot + n - 1`; float32 (float64 stays float64)."""
-        cos, sin = self._rows(entries, slot)
-        rotated = self._turn(entries, cos, sin)
-        return rotated if self.scale is None else rotated * self.scale.to(rotated)
-
-    def unrotate(self, entries: Tensor, slot: int) -> Tensor:
-        """Inverse of :meth:`rotate`."""
-        cos, sin = self._rows(entries, slot, back=True)
-        if self.scale is not None:
-            entries = entries.to(cos.dtype) / self.scale.to(cos)
-        return self._turn(entries, cos, sin)
-
-    def _rows(self, entries: Tensor, slot: int, back: bool = False) -> tuple[Tensor, Tensor]:
-        """Cos, one column a channel, and sin, one column a pair, for as many slots: of the rotation or of its inverse."""
-        assert self.table is not None
-        assert self.how is not None
-        tables = self.table.turning(self.how, entries.shape[-1], compute_dtype(entries.dtype))
-        cos, sin = tables[2:] if back else tables[:2]
-        return cos.narrow(0, slot, entries.shape[-2]), sin.narrow(0, slot, entries.shape[-2])
-
-    def _turn(self, entries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        entries = entries.to(cos.dtype)
-        assert self.how is not None
-        first, second = self.how.channels(sin.shape[-1])
-        turned = entries * cos
-        turned[..., first].addcmul_(entries[..., second], sin, value=-1)
-        turned[..., second].addcmul_(entries[..., first], sin)
-        return turned
-
-
-def find_rotation(
-    raw: tuple[Tensor, Tensor],
-    rotated: tuple[Tensor, Tensor],
-    table: SlotTable | None,
-    slots: Tensor,
-    scale: Tensor | None,
-) -> KeyRotation | None:
-    """Tell how a layer rotates from what it caches for the same tokens at slot 0 and at `slots`.
-
-    Parameters
-    ----------
-    raw, rotated : tuple of Tensor
-        What the layer hands to `update`, `(batch, heads, n, dim)` each: with all tokens at slot 0, where RoPE turns
-        nothing, and with token i at `slots[i]`.
-    table : SlotTable or None
-        What it got its embeddings from.
-    slots : Tensor
-        `(n,)`, none of them 0.
-    scale : Tensor or None
-        See :class:`SlotRotation`.
-
-    Returns
-    -------
-    KeyRotation or None
-        None if positions make no difference: the layer does not rotate.
-
-    Raises
-    ------
-    ValueError
-        If no known rotation explains the difference to the rounding of its dtype, or all is zero.
-    """
-    streams: dict[Stream, tuple[Tensor, Tensor]] = {"keys": (raw[0], rotated[0]), "values": (raw[1], rotated[1])}
-    moved = [name for name, (before, after) in streams.items() if not torch.equal(before, after)]
-    if not moved:
-        if table is not None and not all(bool(t.any()) for t in raw):
-            raise ValueError("what it caches is all zero, and shows no rotation: load the weights first")
-        return None
-    if len(moved) == 2 or table is None:
-        raise ValueError("both cached tensors depend on positions" if table is not None else "no rotary table is known")
-    before, after = streams[moved[0]]
-    dims = 2 * table.cos.shape[-1]
-    if dims > before.shape[-1]:
-        raise ValueError(f"the rotary module turns {dims} channels, the cached tensor has {before.shape[-1]}")
-    dtype = compute_dtype(before.dtype)
-    cos, sin = table.cos.to(dtype), table.sin.to(dtype)
-    size = (cos[0] ** 2 + sin[0] ** 2).sqrt()  # `raw` holds the attention scaling already
-    at_slots = SlotTable(None, cos[slots] / size, sin[slots] / size)
-    scale = torch.ones((), dtype=dtype, device=before.device) if scale is None else scale.to(dtype)
-    found: dict[float, KeyRotation] = {}
-    for pairing in ("half", "interleaved"):
-        for reverse in (False, True):
-            how = KeyRotation(moved[0], pairing, dims, reverse)  # type: ignore[arg-type]
-            error: Any = SlotRotation(at_slots, how).rotate(before / scale, 0) * scale - after
-            found[(error.norm() / after.to(dtype).norm()).item()] = how
-    best = min(found)
-    # Some modules rotate in float32 whatever the model's dtype. What another rotation, or a norm after it, does to the keys
-    # is larger by orders of magnitude.
-    if not best <= max(2 * torch.finfo(after.dtype).eps, 1e-5):
-        raise ValueError(f"neither half nor interleaved pairing explains them: off by {best:.1e}")
-    return found[best]

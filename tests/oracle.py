@@ -26,8 +26,40 @@ def _rotate(x, cos, sin):  # (heads, ..., dim), (..., dim)
     return x * cos + np.concatenate([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def llama_logits(model, tokens, window, sinks, ratio, recents, squeeze=low_pass) -> np.ndarray:
-    """Logits `(tokens, vocabulary)` of one sequence."""
+def most_attended(keys, values, keep, queries, first_query, first, rotate, scaling, pool):
+    """The entries that the queries attend to most: `(kv_heads, n, dim)` and queries `(m, heads, dim)`, all unrotated."""
+    kv_heads, n, _ = keys.shape
+    kept_keys, kept_values = [], []
+    for head in range(kv_heads):
+        total, count = np.zeros(n), 0
+        for m in range(len(queries)):
+            slot, groups = first_query + m, len(queries[m]) // kv_heads
+            for query in queries[m][head * groups : (head + 1) * groups]:
+                seen = min(n, slot - first + 1)
+                count += 1
+                if seen < 1:
+                    continue
+                turned = rotate(query[None], slot)[0]
+                scores = np.array([rotate(keys[head, None, i], first + i)[0] @ turned for i in range(seen)]) * scaling
+                weights = np.exp(scores - scores.max())
+                total[:seen] += weights / weights.sum()
+        mean = total / count
+        half = pool // 2
+        pooled = np.array([mean[max(0, i - half) : i + half + 1].mean() for i in range(n)])
+        chosen = np.sort(np.argsort(-pooled)[:keep])
+        kept_keys.append(keys[head, chosen])
+        kept_values.append(values[head, chosen])
+    return np.stack(kept_keys), np.stack(kept_values)
+
+
+def llama_logits(
+    model, tokens, window, sinks, ratio, recents, squeeze=low_pass, attended=None, schedule=None
+) -> np.ndarray:
+    """Logits `(tokens, vocabulary)` of one sequence.
+
+    `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
+    `(start, stop, keep)` before a token in place of the paper's.
+    """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -39,8 +71,19 @@ def llama_logits(model, tokens, window, sinks, ratio, recents, squeeze=low_pass)
         {name.split(f"layers.{layer}.")[1]: value for name, value in weights.items() if f"layers.{layer}." in name}
         for layer in range(config.num_hidden_layers)
     ]
+    queries = [[] for _ in range(config.num_hidden_layers)]  # since the last fold
     logits = []
-    for token in tokens:
+
+    def rotate_at(x, slot):
+        return _rotate(x, cos[slot], sin[slot])
+
+    def folds_before(token, entries):
+        if schedule is not None:
+            return schedule(token, entries)
+        span = window - sinks - recents
+        return [(sinks, window - recents, int(span * ratio))] if entries == window else []
+
+    for number, token in enumerate(tokens):
         x = weights["model.embed_tokens.weight"][int(token)]
         for layer in range(config.num_hidden_layers):
             w = layers[layer]
@@ -48,13 +91,23 @@ def llama_logits(model, tokens, window, sinks, ratio, recents, squeeze=low_pass)
             q = (w["self_attn.q_proj.weight"] @ h).reshape(heads, dim)
             k = (w["self_attn.k_proj.weight"] @ h).reshape(kv_heads, dim)
             v = (w["self_attn.v_proj.weight"] @ h).reshape(kv_heads, dim)
-            if keys[layer].shape[1] == window:
-                squeezed = []
-                for held in (keys[layer], values[layer]):
-                    span = held[:, sinks : window - recents]
-                    low = squeeze(span, int(span.shape[1] * ratio))
-                    squeezed.append(np.concatenate([held[:, :sinks], low, held[:, window - recents :]], 1))
-                keys[layer], values[layer] = squeezed
+            folds = folds_before(number, keys[layer].shape[1])
+            for start, stop, keep in folds:
+                entries = keys[layer].shape[1]
+                spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
+                if attended is None:
+                    kept = [squeeze(span, keep) for span in spans]
+                else:
+                    last = queries[layer][-attended[0] :]
+                    first_query = entries - len(last)
+                    kept = most_attended(*spans, keep, last, first_query, start, rotate_at, dim**-0.5, attended[1])
+                keys[layer], values[layer] = (
+                    np.concatenate([held[:, :start], low, held[:, stop:]], 1)
+                    for held, low in zip((keys[layer], values[layer]), kept, strict=True)
+                )
+            if folds:
+                queries[layer] = []
+            queries[layer].append(q)
             keys[layer] = np.concatenate([keys[layer], k[:, None]], 1)
             values[layer] = np.concatenate([values[layer], v[:, None]], 1)
             held = keys[layer].shape[1]

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 16
 INVOCATION = [90, 91]

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 N = 23
@@ -258,12 +258,11 @@ def test_a_recorded_past_is_gone_back_to(before, rounds, batch):
         exact &= kept in edges
         assert same_from_here(cache, truth, exact)
     for layer in cache.layers:
-        window = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-        assert tensor_bytes(held_by(layer)) <= 2 * window
+        assert tensor_bytes(held_by(layer)) <= 2 * layer.nbytes
 
 
 def held_by(layer):
-    return [*vars(layer).values(), *(vars(layer._past).values() if layer._past is not None else ())]
+    return [*layer.buffers.tensors.values(), *(layer.past.tensors.values() if layer.past is not None else ())]
 
 
 def test_recording_takes_one_window_more_at_most():

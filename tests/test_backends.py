@@ -4,62 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers.modeling_flash_attention_utils as flash
 from models import tiny_llama, tokens
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 32
-
-
-def flash_attn_func(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False
-):
-    """flash-attention 2's contract: `(batch, length, heads, dim)`, grouped heads, causal aligned lower right."""
-    assert q.dtype in (torch.float16, torch.bfloat16)
-    assert k.shape[1] >= q.shape[1], "no query may be without a key"
-    assert dropout_p == 0
-    assert window_size == (-1, -1)
-    groups = q.shape[2] // k.shape[2]
-    k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * (softmax_scale or q.shape[-1] ** -0.5)
-    if causal:
-        late = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
-        scores = scores.masked_fill(late, float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()).to(q.dtype)
-
-
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    deterministic=False,
-):
-    """The same for rows packed behind each other, `(total, heads, dim)`."""
-    rows = [
-        flash_attn_func(q[a:b][None], k[c:d][None], v[c:d][None], dropout_p, softmax_scale, causal)[0]
-        for a, b, c, d in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False)
-    ]
-    return torch.cat(rows)
-
-
-@pytest.fixture
-def flash_attention(monkeypatch):
-    """transformers' own flash-attention code runs, on stand-ins for the package's two functions."""
-    functions = (flash_attn_func, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
-    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: functions)
-    monkeypatch.setattr(flash, "_loaded_implementation", None)
 
 
 def run(model, attention, ids, new_tokens):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 pty = pytest.importorskip("pty")
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -127,7 +127,7 @@ from transformers import AutoModelForCausalLM
 import freqkv
 from freqkv import FreqKVCache
 import test_devices
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, DynamicCache
 import freqkv
 from freqkv import FreqKVCache
 from freqkv.evaluation import RecallQuestion, bits_per_byte, byte_lengths, recall_accuracy, token_losses
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 
 @pytest.fixture(scope="module")

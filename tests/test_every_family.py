@@ -14,8 +14,9 @@ from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.analysis import analyse
-from freqkv.upstream import CACHE
+from freqkv.forward import Forward
+from freqkv.models.analysis import analyse
+from freqkv.models.upstream import CACHE
 
 N, SINKS, RECENT = 23, 4, 3  # (23 - 4 - 3) / 2 = 8 entries kept: a floor of 15, then a compression every 8 tokens
 FLOOR, STEP = 15, 8
@@ -201,7 +202,7 @@ def test_family(family, attention):
         freqkv.unpatch(model)
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, unpatched)
     finally:
-        if freqkv.attention._find_shared(model) is not None:
+        if freqkv.patching.handle.find_state(model) is not None:
             freqkv.unpatch(model)
         for module in [*(layer.module for layer in layers.values()), *others.values()]:
             module.__dict__.pop("forward", None)
@@ -221,7 +222,7 @@ def check_positions(layers, spies, others):
             "sliding layers run over the call as it is"
         )
         masks = [call[CACHE] for call in whole]
-        assert all(isinstance(cache, FreqKVCache) for cache in masks)
+        assert all(isinstance(cache, Forward) for cache in masks)
 
 
 def check_spans(layers, spies, spans):

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 SETTINGS = [(19, 3, 0.5, 0), (19, 3, 0.37, 0), (23, 3, 0.5, 5), (23, 3, 0.37, 5)]  # window, sinks, ratio, recents
 

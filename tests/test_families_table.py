@@ -8,7 +8,7 @@ import test_every_family
 import zoo
 
 import freqkv
-from freqkv.upstream import TESTED
+from freqkv.models.upstream import TESTED
 
 ROWS = script.read(script.ROOT / "examples" / "results" / "families.csv")
 HERE = {row["family"]: row for row in ROWS if script.VERSION in row["transformers"].split()}

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)

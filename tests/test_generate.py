@@ -11,7 +11,7 @@ from transformers import DynamicCache, TextStreamer
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 32
 

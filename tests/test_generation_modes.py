@@ -32,7 +32,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -440,7 +440,7 @@ def test_attention_weights_are_refused_where_the_columns_are_not_known():
 @pytest.mark.parametrize("where", ["model", "call"])
 def test_a_cache_that_the_generation_config_names(implementation, where, caplog):
     """It is what the file or the call says, beside the numbers, and that is told."""
-    freqkv.attention._warn_implementation.cache_clear()
+    freqkv.patching.generation._warn_implementation.cache_clear()
     model, named = own_model(), {"cache_implementation": implementation}
     freqkv.patch(model, window=N)
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "disable_compile": True}
@@ -456,7 +456,7 @@ def test_a_cache_that_the_generation_config_names(implementation, where, caplog)
 @pytest.mark.parametrize("numbers", [{}, {"window": N}])
 def test_continuous_batching_is_left_alone(numbers, caplog):
     """It owns its pages, which come as a cache that is none of transformers' own classes."""
-    freqkv.attention._warn_other.cache_clear()
+    freqkv.patching.decoder._warn_other.cache_clear()
     config = GenerationConfig(max_new_tokens=N, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [tokens(n, seed=n)[0].tolist() for n in (5, N + 3)]
     expected, model = own_model(), own_model()

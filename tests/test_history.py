@@ -13,7 +13,7 @@ from models import tiny_llama, tokens
 import freqkv
 from freqkv import FreqKVCache
 from freqkv.history import PENDING, History
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 16
 MODEL = tiny_llama()

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ROPE_TYPES, tiny_llama, tokens
 from oracle import llama_logits
-from test_schedule import configs
+from strategies import configs
 from torch import nn
 from transformers import DynamicCache
 
 import freqkv
-from freqkv import FreqKVCache, FreqKVConfig
+from freqkv import Fold, FreqKVCache, FreqKVConfig, FreqKVSchedule
+from freqkv.models.upstream import CACHE
 from freqkv.rotary import slot_table
-from freqkv.upstream import CACHE
 
 SETTINGS = [  # window, sinks, ratio, recents
     FreqKVConfig(31, 4, 0.5, 0),
@@ -210,7 +210,7 @@ def test_memory_and_positions(config, length):
         with torch.no_grad():
             model(tokens(call), **{CACHE: cache})
         layer = cache.layers[1]
-        assert layer.keys.shape[2] == layer.values.shape[2] == config.window
+        assert layer.keys.shape[2] == layer.values.shape[2] == cache.entries <= config.window
         assert storage in (None, layer.keys.data_ptr())
         storage = layer.keys.data_ptr()
     assert cache.get_seq_length() == cache.tokens_seen == length + 3 * config.window + 6
@@ -338,29 +338,18 @@ def test_a_compressor_gets_unrotated_keys():
     assert torch.equal(spans[0][1], values)
 
 
-def test_folds_of_another_schedule_are_executed():
-    """The engine takes slots, lengths and folds from the layer's schedule, whatever they are."""
-    from freqkv import Fold, Schedule
-
-    class Middle(Schedule):
-        """Folds [8, 16) to 3: entries behind it move left."""
-
+def test_a_schedule_that_is_given_is_executed():
+    """One fold of [8, 16) to 3, as numbers that make the same one: entries behind it move left."""
     model = patched(attention="sdpa")
     ids = tokens(110)
-    caches = [FreqKVCache(model.config, window=29) for _ in range(2)]
-    for cache in caches:
-        for layer in cache.layers:
-            layer.schedule = Middle(29, Fold(8, 16, 3))
+    schedule = FreqKVSchedule(29, Fold(8, 16, 3))
+    caches = [FreqKVCache(model.config, schedule=schedule) for _ in range(2)]
     assert torch.allclose(stream(model, ids, caches[0], [110]), stream(model, ids, caches[1], [3, 60]), atol=1e-4)
-    expected = llama_logits(model, ids[0], 29, 8, 3 / 8 + 1e-9, 13)
-    logits = stream(model, ids, FreqKVCache(model.config, FreqKVConfig(29, 8, 3 / 8 + 1e-9, 13)), [110])
-    assert torch.allclose(stream(model, ids, _reset(caches[0]), [50]), logits, atol=1e-4)
-    assert abs(logits[0].double().numpy() - expected).max() <= 1e-4
-
-
-def _reset(cache):
-    cache.reset()
-    return cache
+    numbers = FreqKVConfig(29, 8, 3 / 8 + 1e-9, 13)
+    expected = truth(model, ids[0], numbers)
+    caches[0].reset()
+    assert abs(stream(model, ids, caches[0], [50])[0].double().numpy() - expected).max() <= 1e-4
+    assert numbers.schedule == schedule
 
 
 def test_gradients_flow_and_match_finite_differences():

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Llam
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.methods import own_class, replacements
-from freqkv.upstream import CACHE
+from freqkv.models.modules import own_class
+from freqkv.models.upstream import CACHE
+from freqkv.patching.methods import replacements
 
 N = 16
 

@@ -28,7 +28,7 @@ from transformers import (
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 ATTENTION = ("eager", "sdpa")
 IMAGE, START, END = 100, 102, 103  # token ids

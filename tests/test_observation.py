@@ -18,9 +18,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache
-from freqkv.analysis import analyse
-from freqkv.observation import embeddings_given
-from freqkv.upstream import CACHE
+from freqkv.models.analysis import analyse
+from freqkv.models.observation import embeddings_given
+from freqkv.models.upstream import CACHE
 
 N, SINKS, RECENT = 29, 3, 4
 FULL, SLIDING = "full_attention", "sliding_attention"

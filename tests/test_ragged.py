@@ -11,13 +11,12 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
-from test_backends import flash_attention  # noqa: F401
 from transformers import DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.schedule import Schedule
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
+from freqkv.parts import Call
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -145,7 +144,7 @@ def test_a_graph_over_ragged_rows_keeps_its_entries():
 def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
     """There are as many as rounds, each for all rows: a few live at a time."""
     alive, most = weakref.WeakSet(), []
-    original = freqkv.attention.causal_mask
+    original = freqkv.patching.masks.causal_mask
 
     def watched(*args, **kwargs):
         mask = original(*args, **kwargs)
@@ -153,7 +152,7 @@ def test_masks_of_a_long_prompt_do_not_pile_up(monkeypatch):
         most.append(len(alive))
         return mask
 
-    monkeypatch.setattr(freqkv.attention, "causal_mask", watched)
+    monkeypatch.setattr(freqkv.patching.masks, "causal_mask", watched)
     model = tiny_llama(attention="sdpa", layers=3)
     freqkv.patch(model)
     ids, mask = padded(rows_of([20 * N, 20 * N - 7]))
@@ -201,16 +200,24 @@ freqkv.patch(SHARED)
     window=st.integers(10, 40),
     recent=st.integers(0, 3),
 )
-def test_rounds_are_the_segments_of_each_row(seen, brings, window, recent):
-    schedule: Schedule = FreqKVConfig(window=window, sink_tokens=2, recent_tokens=recent).schedule
-    rounds = schedule.rounds(seen, brings[: len(seen)])
-    for row, (before, new) in enumerate(zip(seen, brings, strict=False)):
-        own = []
-        for each in rounds:
-            for place, (which, start, stop) in enumerate(zip(each.rows, each.starts, each.stops, strict=True)):
-                if which == row:
-                    own.append((start, stop, each.slots[place], each.fold if place in each.folding else None))
-        assert own == [(s.start, s.stop, s.slot, s.fold) for s in schedule.segments(before, new)]
+def test_parts_of_ragged_rows_are_those_of_each_row_alone(seen, brings, window, recent):
+    schedule = FreqKVConfig(window=window, sink_tokens=2, recent_tokens=recent).schedule
+    brings = [max(1, brings[0]), *brings[1 : len(seen)]]
+    mask = torch.arange(max(brings)) < torch.tensor(brings)[:, None]
+    parts = Call(tuple(seen), max(brings), mask).parts(schedule)
+    for row, (before, new) in enumerate(zip(seen, brings, strict=True)):
+        own, counts = [], before
+        for part in parts:
+            if row in part.rows:
+                place = part.rows.index(row)
+                folds = next((folds for folds, places in part.folds if place in places), ())
+                own.append((part.first[place], part.stops[place], part.slots[place], folds))
+                counts = part.stops[place]
+            assert part.after[row] in (counts, before + new)
+        alone = Call((before,), new).parts(schedule) if new else []
+        expected = [(p.first[0], p.stops[0], p.slots[0], p.folds[0][0] if p.folds else ()) for p in alone]
+        assert own == expected
+        assert not parts or parts[-1].after[row] == before + new
 
 
 @torch.no_grad()
@@ -228,7 +235,7 @@ def test_flex_attention():
 
 
 @torch.no_grad()
-def test_flash_attention(flash_attention, monkeypatch):  # noqa: F811
+def test_flash_attention(flash_attention, monkeypatch):
     monkeypatch.setattr(torch, "float16", torch.float32)  # what the stand-in accepts
     model = tiny_llama()
     freqkv.patch(model)

@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 CONFIG = FreqKVConfig(29, 3, 0.5, 4)  # 22 entries between sinks and recents become 11
 N, SINKS, RECENT, STEP = 29, 3, 4, 11

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Tiers, configs, simulate
 
-from freqkv import Fold, FreqKVConfig, Segment
-
-
-@st.composite
-def configs(draw, max_window: int = 80):
-    window = draw(st.integers(3, max_window))
-    sinks = draw(st.integers(0, window - 2))
-    recents = draw(st.integers(0, window - 2 - sinks))
-    span = window - sinks - recents
-    keep = draw(st.integers(1, span - 1))
-    return FreqKVConfig(window, sinks, (keep + 0.5) / span, recents)
-
-
-def simulate(config: FreqKVConfig, tokens: int):
-    """For each token: its slot, whether a compression came right before it, and the entries held after it."""
-    held, rows = 0, []
-    for _ in range(tokens):
-        compressed = held == config.window
-        if compressed:
-            span = config.window - config.sink_tokens - config.recent_tokens
-            held = config.sink_tokens + int(span * config.retain_ratio) + config.recent_tokens
-        rows.append((held, compressed, held + 1))
-        held += 1
-    return rows
+from freqkv import Fold, FreqKVConfig, FreqKVSchedule, Schedule
+from freqkv.parts import Call
 
 
 @given(configs(), st.integers(1, 400))
@@ -44,29 +25,87 @@ def test_slots_entries_and_compressions(config, tokens):
     assert schedule.entries(0) == schedule.compressions(0) == 0
 
 
+@given(configs(), st.integers(0, 400))
+def test_closed_forms_are_what_walking_through_the_tokens_finds(config, token):
+    schedule = config.schedule
+
+    class Walked(FreqKVSchedule):
+        """The same folds, and all else as every schedule has it."""
+
+        entries, compressions = Schedule.entries, Schedule.compressions
+        next_fold, previous_fold = Schedule.next_fold, Schedule.previous_fold
+
+    walked = Walked(schedule.window, schedule.fold)
+    for ask in ("entries", "compressions", "next_fold", "previous_fold", "slot"):
+        assert getattr(schedule, ask)(token) == getattr(walked, ask)(token), ask
+
+
+@pytest.mark.parametrize("schedule", [Tiers(16), Tiers(23, 0, 0), Tiers(37, 4, 9)])
+def test_a_schedule_of_several_folds_is_its_simulation(schedule):
+    held, folded, last = 0, 0, 0
+    for token in range(5 * schedule.window):
+        due = schedule.next_fold(token)
+        folds = schedule.folds_before(token)
+        for fold in folds:
+            held += fold.keep - (fold.stop - fold.start)
+        folded += bool(folds)
+        last = token if folds else last
+        assert (due == token) == bool(folds)
+        assert schedule.previous_fold(token) == last
+        assert schedule.slot(token) == held < schedule.window
+        held += 1
+        assert (schedule.entries(token + 1), schedule.compressions(token + 1)) == (held, folded)
+    assert folded > 3
+
+
+def test_a_schedule_that_does_not_hold_its_window_is_refused():
+    @dataclass(frozen=True)
+    class Late(Schedule):
+        window: int
+
+        def folds_before(self, token):
+            return (Fold(0, 4, 2),) if token == self.window + 1 else ()
+
+    @dataclass(frozen=True)
+    class Wide(Schedule):
+        window: int
+
+        def folds_before(self, token):
+            return (Fold(0, self.window + 1, 1),) if token == self.window else ()
+
+    with pytest.raises(ValueError, match=r"leaves no slot for token 8: 8 entries are held, and its window is 8"):
+        Late(8).entries(9)
+    with pytest.raises(ValueError, match=r"folds .* before token 8, of 8 entries"):
+        Wide(8).entries(9)
+
+
 @given(configs(), st.lists(st.integers(1, 200), min_size=1, max_size=6))
-def test_segments_of_any_split_are_the_simulation(config, calls):
+def test_parts_of_any_split_are_the_simulation(config, calls):
     rows = iter(simulate(config, sum(calls)))
     schedule, seen = config.schedule, 0
-    for call in calls:
-        position = 0
-        for segment in schedule.segments(seen, call):
-            assert segment.start == position < segment.stop
-            for token in range(segment.start, segment.stop):
+    for tokens in calls:
+        position = seen
+        for part in Call((seen, seen), tokens).parts(schedule):
+            assert part.first == (position, position)
+            assert part.stops[0] > position
+            for token in range(part.first[0], part.stops[0]):
                 slot, compressed, entries = next(rows)
-                assert slot == segment.slot + token - segment.start
-                assert compressed == (segment.fold is not None and token == segment.start)
-            assert segment.entries == entries
-            position = segment.stop
-        assert position == call
-        seen += call
+                assert slot == part.slots[0] + token - part.first[0]
+                assert compressed == (bool(part.folds) and token == part.first[0])
+            assert part.longest == entries
+            position = part.stops[0]
+        seen += tokens
+        assert position == seen
 
 
 def test_paper_settings():
     schedule = FreqKVConfig(window=4096).schedule
     assert schedule.fold == Fold(4, 4096, 2046)
     assert (schedule.floor, schedule.step) == (2050, 2046)
-    assert schedule.segments(0, 5000) == [Segment(0, 4096, 0, None), Segment(4096, 5000, 2050, schedule.fold)]
+    first, second = Call((0,), 5000).parts(schedule)
+    assert (first.first, first.stops, first.slots, first.folds) == ((0,), (4096,), (0,), [])
+    assert (second.first, second.stops, second.slots) == ((4096,), (5000,), (2050,))
+    assert second.folds == [((schedule.fold,), (0,))]
 
 
 @pytest.mark.parametrize(

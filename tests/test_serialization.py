@@ -20,10 +20,10 @@ from safetensors import safe_open
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import freqkv
-from freqkv import CacheFileError, FreqKVCache, FreqKVConfig, UnsupportedModelError, serialization
+from freqkv import CacheFileError, FreqKVCache, FreqKVConfig, UnsupportedModelError, files
+from freqkv.files import METADATA_KEY
 from freqkv.layer import FreqKVLayer
-from freqkv.serialization import METADATA_KEY
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
@@ -461,8 +461,8 @@ def rewritten(path, change, checksum=False):
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(info, tensors)
     if checksum:
-        info["checksum"] = serialization._checksum(info, tensors)
-    path.write_bytes(safetensors.torch.save(tensors, {METADATA_KEY: serialization._rendered(info)}))
+        info["checksum"] = files._checksum(info, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {METADATA_KEY: files._rendered(info)}))
 
 
 def test_any_changed_byte(saved):
@@ -518,8 +518,8 @@ def test_something_else(saved, shipped, tmp_path):
 
 
 def test_another_format_version(saved):
-    rewritten(saved, lambda info, tensors: info.update(format_version=2, freqkv="9.9"))
-    refused(saved, MODEL, "has format version 2, written by FreqKV 9.9; this FreqKV reads version 1")
+    rewritten(saved, lambda info, tensors: info.update(format_version=3, freqkv="9.9"))
+    refused(saved, MODEL, "has format version 3, written by FreqKV 9.9; this FreqKV reads version 1 and 2")
 
 
 def test_a_header_that_contradicts_itself(saved):
@@ -530,7 +530,7 @@ def test_a_header_that_contradicts_itself(saved):
         lambda info, tensors: tensors.update({"7.keys": torch.zeros(1)}),
         lambda info, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :, :5].clone()}),
         lambda info, tensors: info["counts"].update(rows=[1, 2]),
-        lambda info, tensors: info["counts"].pop("padding"),
+        lambda info, tensors: info["counts"].pop("tokens_seen"),
     ]
     for change in changes:
         saved.write_bytes(data)

@@ -10,7 +10,7 @@ import speed
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 SMALL = [
     "--shape", "small", "--window", "64", "--rounds", "1", "--tokens", "4", "--lengths", "2", "3",

@@ -16,7 +16,7 @@ from transformers import TrainingArguments as Arguments
 
 import freqkv
 from freqkv import FreqKVCache, FreqKVConfig
-from freqkv.upstream import CACHE
+from freqkv.models.upstream import CACHE
 
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)

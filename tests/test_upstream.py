@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Trainer, TrainingArguments, cache_utils, masking_utils
 
 import freqkv
-from freqkv import FreqKVCache, upstream
-from freqkv.upstream import CACHE, CACHE_NAMES, SEAM, cache_of, renamed
+from freqkv import FreqKVCache
+from freqkv.models import upstream
+from freqkv.models.upstream import CACHE, CACHE_NAMES, SEAM, cache_of, renamed
 
 ROOT = Path(__file__).parent.parent
 N = 16
@@ -31,7 +32,7 @@ RENAMED = Version("5.24") <= INSTALLED  # the release that renamed the one to th
 def changed(what):
     return (
         f"transformers {transformers.__version__} changed {what}, which freqkv relies on: read its release notes and adapt "
-        "freqkv/upstream.py"
+        "freqkv/models/upstream.py"
     )
 
 
@@ -157,7 +158,7 @@ def test_other_breaks_are_refused(monkeypatch):
         patched.setattr(upstream, "CacheLayerMixin", Asks)
         refused("asks layers for get_a_new_thing")
     with monkeypatch.context() as patched:
-        patched.setattr(upstream, "ALL_MASK_ATTENTION_FUNCTIONS", None)
+        patched.setattr(upstream, "MASK_FUNCTIONS", None)
         refused("no masks for eager and sdpa")
     with monkeypatch.context() as patched:
         patched.setattr(upstream, "causal_mask", lambda *args: torch.zeros(1))
@@ -289,7 +290,7 @@ def test_a_pipeline_has_the_cache_of_the_numbers(shipped):
             made.append(self)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("freqkv.attention.FreqKVCache", Watched)
+        patched.setattr("freqkv.patching.state.FreqKVCache", Watched)
         pipe("def add(a, b):\n", max_new_tokens=80, do_sample=False, return_full_text=False)
     (cache,) = made
     assert cache.tokens_seen > 64

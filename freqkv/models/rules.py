@@ -1,15 +1,16 @@
 """Families of models that general rules do not cover: what each needs, or why it is refused.
 
-Everything else about a model is found out from the model itself (`freqkv.analysis`). An entry here says why.
+Everything else about a model is found out from the model itself (`freqkv.models.analysis`). An entry here says why.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FAMILY_RULES", "FamilyRule", "rule_for"]
+__all__ = ["FAMILY_RULES", "FamilyRule", "rule_for", "with_base"]
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,14 @@ NO_RULE = FamilyRule("general rules hold")
 def rule_for(text_config: Any) -> FamilyRule:
     """The rule of a model's family; one that changes nothing for most."""
     return FAMILY_RULES.get(getattr(text_config, "model_type", ""), NO_RULE)
+
+
+def with_base(cls: Any, rule: FamilyRule) -> Any:
+    """A class of caches, derived from the one that a family requires its caches to be instances of."""
+    base = rule.load_cache_class()
+    return cls if base is None or issubclass(cls, base) else _derived(cls, base)
+
+
+@functools.cache
+def _derived(cls: Any, base: Any) -> Any:
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})

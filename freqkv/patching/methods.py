@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from freqkv.upstream import HOOK, HOOKED_FORWARD
+from freqkv.models.modules import BASE
+from freqkv.models.upstream import HOOK, HOOKED_FORWARD
 
-__all__ = ["Method", "Replacement", "own_class", "replace_method", "replacements", "restore_methods", "shallow_copy"]
+__all__ = ["Method", "Replacement", "replace_method", "replacements", "restore_methods"]
 
 Method: TypeAlias = Callable[..., Any]
-# Where an instance keeps its replacements, by the name of the method, and a class made here the one it was made from.
-REPLACEMENTS, BASE = "_freqkv_replacements", "_freqkv_base"
+# Where an instance keeps its replacements, by the name of the method.
+REPLACEMENTS = "_freqkv_replacements"
 
 
 class Replacement:
@@ -54,31 +55,11 @@ class Replacement:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module with the same parameters, buffers and children, to which others can be given without the first one's notice.
-
-    Accelerate's hook is left out: it would run the first one.
-    """
-    new = type(module).__new__(type(module))
-    state = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-    if HOOK in state:
-        for name in (HOOK, HOOKED_FORWARD, "forward"):
-            state.pop(name, None)
-    new.__dict__.update(state)
-    return new
-
-
 def replacements(root: nn.Module) -> Iterator[tuple[nn.Module, Replacement]]:
     """All replacements in a module and in what is inside it."""
     for module in root.modules():
         for replacement in module.__dict__.get(REPLACEMENTS, {}).values():
             yield module, replacement
-
-
-def own_class(module: nn.Module) -> type:
-    """The class that a module has without replacements."""
-    own: type = getattr(type(module), BASE, type(module))
-    return own
 
 
 def replace_method(module: nn.Module, replacement: Replacement) -> None:

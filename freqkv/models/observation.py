@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqkv.methods import own_class, shallow_copy
+from freqkv.models.modules import own_class, shallow_copy
+from freqkv.models.upstream import HOOK, is_rotary
 from freqkv.rotary import pristine
-from freqkv.upstream import HOOK, is_rotary
 
 __all__ = ["NOT_GIVEN", "embeddings_given"]
 

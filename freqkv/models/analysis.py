@@ -7,44 +7,29 @@ twice, at slot 0 (where RoPE turns nothing) and at other slots.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from freqkv.cache import Everywhere, FreqKVCache, UnsupportedModelError
-from freqkv.config import FreqKVConfig
-from freqkv.families import FamilyRule, rule_for
-from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
-from freqkv.observation import NOT_GIVEN, embeddings_given
-from freqkv.rotary import KeyRotation, SlotTable, TableVersion, find_rotation, sinusoid_table, slot_table
-from freqkv.upstream import (
-    ATTENTION_CACHE_NAMES,
-    HOOK,
-    HOOKED_FORWARD,
-    SINUSOIDS,
-    Cache,
-    LinearAttentionAndFullAttentionLayer,
-    cache_name,
-    is_rotary,
-    missing,
-    outdated,
-)
+from freqkv.errors import UnsupportedModelError
+from freqkv.models.calibration import Calibration, NeedsMoreThanKeysAndValues, NoUpdate, replayed_slots
+from freqkv.models.kinds import LayerKind, layer_kinds
+from freqkv.models.modules import execution_device, own_class, parameter_names, parents, weights_present
+from freqkv.models.observation import NOT_GIVEN, embeddings_given
+from freqkv.models.rules import FamilyRule, rule_for
+from freqkv.models.upstream import ATTENTION_CACHE_NAMES, SINUSOIDS, cache_name, is_rotary, missing, outdated
+from freqkv.rotary import KeyRotation, SlotTable, TableVersion, sinusoid_table, slot_table
 
-__all__ = ["Analysis", "AttentionLayer", "Support", "analyse", "supported"]
+__all__ = ["Analysis", "AttentionLayer", "Rotary", "analyse"]
 
 # A module that serves several cache layers is told which by one of these.
 INDEX_ARGUMENTS = ("layer_idx", "cycle_offset")
-# Far apart, so that channels that turn slowly show, and no multiple of each other.
-REPLAYED_SLOTS = (1, 3, 17, 101, 1009)
 NO_ROTATION = (
     "has no rotary position embeddings that FreqKV can find: it moves keys between positions by RoPE, which learned, ALiBi "
     "or relative positions do not allow"
@@ -64,7 +49,7 @@ class Rotary:
         return getattr(self.owner, self.name)
 
     def version(self) -> TableVersion:
-        """Another one when tables have to be made anew, as after `model.to(...)`."""
+        """Changes identity when cached tables become stale, as after `model.to(...)`."""
         return TableVersion(self.source)
 
     def table(self, slots: int, device: torch.device) -> SlotTable:
@@ -97,6 +82,8 @@ class AttentionLayer:
         None if it does not rotate what it caches.
     keeps_state : bool
         Whether the module carries a state of its own from token to token in the cache (ZAYA).
+    serves_several : bool
+        Whether it is called for several layers of the cache.
     rule : FamilyRule
     """
 
@@ -110,6 +97,7 @@ class AttentionLayer:
     rotary: Rotary | None
     rotation: KeyRotation | None
     keeps_state: bool
+    serves_several: bool
     rule: FamilyRule
 
     @property
@@ -123,6 +111,10 @@ class AttentionLayer:
             return None
         weight: Tensor = self.module.get_submodule(self.rule.key_scale).weight  # type: ignore[assignment]
         return weight
+
+    def forward_function(self) -> Any:
+        """The function behind the forward of its class, without replaced methods and decorators."""
+        return inspect.unwrap(own_class(self.module).forward)  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         if self.reads_shared:
@@ -169,7 +161,7 @@ class _Analyst:
         self.family = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', 'unknown')!r})"
         self.text_config = model.config.get_text_config(decoder=True)
         self.rule = rule_for(self.text_config)
-        self._verdicts: dict[Any, tuple[KeyRotation | None, bool]] = {}
+        self.calibration = Calibration(model, self.text_config)
 
     def refuse(self, reason: str, instead: str = "Use transformers' DynamicCache for it") -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.family} {reason}. {instead}")
@@ -190,7 +182,7 @@ class _Analyst:
             raise self.refuse("has ALiBi positions (alibi=True), which tie a key to the place where it entered")
         decoder, attentions = self._find_decoder()
         try:
-            cache = FreqKVCache(config, FreqKVConfig(window=16))
+            kinds = layer_kinds(config)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self.family} cannot be compressed: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
@@ -198,7 +190,7 @@ class _Analyst:
                 f"has a configuration of which transformers makes no DynamicCache ({type(error).__name__}: {error})"
             ) from error
 
-        compressed = {index for index, layer in enumerate(cache.layers) if isinstance(layer, FreqKVLayer)}
+        compressed = {index for index, kind in enumerate(kinds) if kind.compressed}
         layer_types = getattr(self.text_config, "layer_types", None) or []
         full_types = {layer_types[index] for index in compressed if index < len(layer_types)}
         if not self.rule.unrotated and not any(is_rotary(m) or _has_sinusoids(m) for m in decoder.modules()):
@@ -207,14 +199,14 @@ class _Analyst:
         chosen = []
         for name, module in attentions.items():
             own = getattr(module, "layer_idx", None)
-            index = own if isinstance(own, int) and "layer_idx" not in _parameters(module) else min(compressed)
+            index = own if isinstance(own, int) and "layer_idx" not in parameter_names(module) else min(compressed)
             reads_shared = bool(getattr(module, "is_kv_shared_layer", False))
             if index in compressed or (reads_shared and layer_types[index] in full_types):
                 chosen.append((name, module, index, reads_shared))
         given = self._embeddings_given(decoder, prefix, [name for name, *_ in chosen])
-        found_layers = (self._layer(*each, cache, given[each[0]]) for each in chosen)
+        found_layers = (self._layer(*each, kinds, given[each[0]]) for each in chosen)
         layers = [layer for layer in found_layers if layer is not None]
-        several = any(set(INDEX_ARGUMENTS) & set(_parameters(layer.module)) for layer in layers)
+        several = any(layer.serves_several for layer in layers)
         found = {layer.layer_idx for layer in layers if not layer.reads_shared}
         if found != compressed and not (layers and several):
             raise self.refuse(
@@ -224,8 +216,8 @@ class _Analyst:
         if bidirectional:
             raise self.refuse(f"lets tokens see later ones in {bidirectional[0]} (is_causal=False)")
         self._check_positions(decoder, layers)
-        others = {index: type(layer).__name__ for index, layer in enumerate(cache.layers) if index not in compressed}
-        around = [module for module in _around(self.model, prefix) if _is_decoder(module)] if prefix else []
+        others = {index: type(kind.layer).__name__ for index, kind in enumerate(kinds) if index not in compressed}
+        around = [module for module in parents(self.model, prefix) if _is_decoder(module)] if prefix else []
         return Analysis(decoder, around, layers, others)
 
     def _find_decoder(self) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -234,7 +226,7 @@ class _Analyst:
         for name, module in self.model.named_modules():
             if not _is_attention(module):
                 continue
-            decoder = next((around for around in _around(self.model, name) if _is_decoder(around)), None)
+            decoder = next((around for around in parents(self.model, name) if _is_decoder(around)), None)
             if decoder is not None:
                 groups.setdefault(decoder, {})[name] = module
         if not groups:
@@ -253,9 +245,9 @@ class _Analyst:
         return ours[0]
 
     def _layer(
-        self, name: str, module: nn.Module, index: int, reads_shared: bool, cache: FreqKVCache, given: Any
+        self, name: str, module: nn.Module, index: int, reads_shared: bool, kinds: list[LayerKind], given: Any
     ) -> AttentionLayer | None:
-        parameters = _parameters(module)
+        parameters = parameter_names(module)
         rotary = self._rotary(name, module, index, given)
         positions = next((p for p in ("position_embeddings", "position_ids") if p in parameters), "")
         if rotary is None:
@@ -267,21 +259,22 @@ class _Analyst:
             cache_argument=cache_name(parameters, ATTENTION_CACHE_NAMES) or "",
             positions=positions,
             reads_shared=reads_shared,
-            hybrid=not reads_shared and isinstance(cache.layers[index], FreqKVHybridLayer),
+            hybrid=not reads_shared and kinds[index].number_of_states > 0,
             rotary=rotary,
             rotation=None,
             keeps_state=False,
+            serves_several=bool(set(INDEX_ARGUMENTS) & set(parameters)),
             rule=self.rule,
         )
         if reads_shared:
             return layer
         try:
-            rotation, keeps_state = self._calibrate(layer)
+            rotation, keeps_state = self.calibration.of(layer)
         except UnsupportedModelError:
             raise
-        except _NoUpdate:
+        except NoUpdate:
             return None  # some other part of a layer that takes the cache as well
-        except _NotAsked as asked:
+        except NeedsMoreThanKeysAndValues as asked:
             raise self.refuse(f"needs more of a cache than keys and values in {name}: {asked}") from None
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -293,20 +286,15 @@ class _Analyst:
             ) from error
         return replace(layer, rotation=rotation, keeps_state=keeps_state)
 
-    def _slots(self, device: torch.device) -> Tensor:
-        """The slots that tokens are replayed at."""
-        context = getattr(self.text_config, "max_position_embeddings", None) or REPLAYED_SLOTS[-1] + 1
-        return torch.tensor([slot for slot in REPLAYED_SLOTS if slot < context], device=device)
-
     def _embeddings_given(self, decoder: nn.Module, prefix: str, names: list[str]) -> dict[str, Any]:
         """What the decoder gives the layers around attention modules, see `freqkv.observation`."""
-        device = _execution_device(self.model, prefix) or next(
+        device = execution_device(self.model, prefix) or next(
             (tensor.device for tensor in self.model.buffers() if not tensor.is_meta), torch.device("cpu")
         )
         inside = {name: name.removeprefix(f"{prefix}.") for name in names}
-        slots, width = self._slots(device), self.text_config.hidden_size
+        slots, width = replayed_slots(self.text_config, device), self.text_config.hidden_size
         try:
-            with _weights_present(self.model, prefix):
+            with weights_present(self.model, prefix):
                 found = embeddings_given(decoder, list(inside.values()), slots, width, self.model.dtype)
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -320,14 +308,14 @@ class _Analyst:
 
     def _has_no_weights(self) -> bool:
         return any(
-            parameter.is_meta and _execution_device(self.model, name.rpartition(".")[0]) is None
+            parameter.is_meta and execution_device(self.model, name.rpartition(".")[0]) is None
             for name, parameter in self.model.named_parameters()
         )
 
     def _rotary(self, name: str, module: nn.Module, index: int, given: Any) -> Rotary | None:
         """Where the embeddings that the decoder gives a layer come from; None if it gives none."""
         nearest = self._nearest_rotary(name, module, index)
-        if given is NOT_GIVEN or "position_embeddings" not in _parameters(module):
+        if given is NOT_GIVEN or "position_embeddings" not in parameter_names(module):
             return nearest
         if given is None:
             return None
@@ -347,7 +335,7 @@ class _Analyst:
     def _gives(self, rotary: Rotary, given: Any) -> bool:
         """Whether a rotary module makes these embeddings of the replayed slots."""
         tensors = (given,) if isinstance(given, Tensor) else tuple(given)
-        slots = self._slots(tensors[0].device)
+        slots = replayed_slots(self.text_config, tensors[0].device)
         try:
             table = rotary.table(int(slots[-1]) + 1, tensors[0].device)
         except (ValueError, AttributeError):  # it has none for this type of layers
@@ -363,8 +351,8 @@ class _Analyst:
 
     def _nearest_rotary(self, name: str, module: nn.Module, index: int) -> Rotary | None:
         """The nearest rotary module, in the attention module or in what is around it."""
-        for owner in (module, *_around(self.model, name)):
-            if _has_sinusoids(owner) and "position_ids" in _parameters(module):
+        for owner in (module, *parents(self.model, name)):
+            if _has_sinusoids(owner) and "position_ids" in parameter_names(module):
                 return Rotary(owner, SINUSOIDS)
             for child_name, child in owner.named_children():
                 if is_rotary(child):
@@ -383,125 +371,9 @@ class _Analyst:
         if not any(is_rotary(module) for module in decoder.modules()):
             raise self.refuse(NO_ROTATION)
 
-    @torch.no_grad()
-    def _calibrate(self, layer: AttentionLayer) -> tuple[KeyRotation | None, bool]:
-        """How it rotates, and whether it keeps a state of its own."""
-        module = layer.module
-        if any(p.is_meta for p in module.parameters()) and _execution_device(self.model, layer.name) is None:
-            # No weights to look at, as in `supported(config)`: how keys are rotated does not depend on them.
-            key = type(module), layer.rotary and layer.rotary.layer_type, _traits(module)
-            if key not in self._verdicts:
-                self._verdicts[key] = self._measure(
-                    layer, _with_random_weights(module), torch.float32, torch.device("cpu")
-                )
-            return self._verdicts[key]
-        with _weights_present(self.model, layer.name):
-            # Quantized modules may have no parameters.
-            held = next(itertools.chain(module.parameters(), module.buffers(), self.model.parameters()), torch.empty(0))
-            device = _execution_device(self.model, layer.name) or held.device
-            return self._measure(layer, module, self.model.dtype, device)
-
-    def _measure(
-        self, layer: AttentionLayer, module: nn.Module, dtype: torch.dtype, device: torch.device
-    ) -> tuple[KeyRotation | None, bool]:
-        slots = self._slots(device)
-        table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
-        width = getattr(module, "attention_hidden_size", None) or self.text_config.hidden_size
-        hidden = torch.randn(1, len(slots), width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        recorders = _Recorder(), _Recorder()
-        raw, rotated = (
-            _replay(module, layer, recorder, hidden, table, rows, dtype)
-            for recorder, rows in zip(recorders, (torch.zeros_like(slots), slots), strict=True)
-        )
-        scale = None
-        if layer.rule.key_scale is not None:
-            scale = module.get_submodule(layer.rule.key_scale).weight
-            if bool((scale == 0).any()):  # type: ignore[union-attr]
-                raise ValueError(f"{layer.rule.key_scale} multiplies some channels of the keys by 0")
-        rotation = find_rotation(raw, rotated, table, slots, scale)  # type: ignore[arg-type]
-        return rotation, recorders[0].has_state
-
-
-def _replay(
-    module: nn.Module,
-    layer: AttentionLayer,
-    recorder: _Recorder,
-    hidden: Tensor,
-    table: SlotTable | None,
-    rows: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """What the module hands to `update` for tokens at the slots `rows`."""
-    call: dict[str, Any] = {
-        name: None
-        for name, parameter in inspect.signature(_forward(module)).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    }
-    call |= {name: layer.layer_idx for name in ("layer_idx",) if name in _parameters(module)}
-    call |= {"shared_kv_states": {}} if "shared_kv_states" in call else {}
-    call["hidden_states"] = hidden
-    call[layer.cache_argument] = recorder
-    if table is not None and table.native is not None:
-        call["position_embeddings"] = table.embeddings(rows, dtype)
-    if "position_ids" in _parameters(module):
-        call["position_ids"] = rows[None]
-    devices = [hidden.device] if hidden.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
-            _forward(module)(**call)
-    except _Recorded as recorded:
-        return recorded.tensors
-    raise _NoUpdate
-
-
-class _Recorded(Exception):  # noqa: N818 - the wanted outcome, not an error
-    """Ends a replay as soon as the module hands over what it caches."""
-
-    def __init__(self, tensors: tuple[Tensor, Tensor]) -> None:
-        self.tensors = tensors
-
-
-class _NoUpdate(Exception):  # noqa: N818
-    """The module did not hand over anything."""
-
-
-class _NotAsked(Exception):  # noqa: N818
-    """The module asks its cache for what FreqKV has not."""
-
-
-class _Recorder(Cache):
-    """An empty cache that keeps what a module wants to store."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=Everywhere([LinearAttentionAndFullAttentionLayer(number_of_states=8)]))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    @property
-    def has_state(self) -> bool:
-        return any(self.layers[0].is_conv_states_initialized.values())
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
-        raise _Recorded((key_states, value_states))
-
-    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
-        raise _NotAsked(
-            "an indexer picks single tokens out of the cache (sparse attention), which no longer exist once they are compressed"
-        )
-
-
-def _forward(module: nn.Module) -> Any:
-    """The module's own forward, behind what accelerate put before it."""
-    return getattr(module, HOOKED_FORWARD) if hasattr(module, HOOK) else module.forward
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
-
 
 def _is_attention(module: nn.Module) -> bool:
-    parameters = _parameters(module)
+    parameters = parameter_names(module)
     return (
         "hidden_states" in parameters
         and "attention_mask" in parameters
@@ -512,173 +384,9 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_decoder(module: nn.Module) -> bool:
-    parameters = _parameters(module)
+    parameters = parameter_names(module)
     return "input_ids" in parameters and cache_name(parameters) is not None
 
 
 def _has_sinusoids(module: nn.Module) -> bool:
     return isinstance(getattr(module, SINUSOIDS, None), Tensor)
-
-
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules around the one called `name`, innermost first."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield model.get_submodule(name)
-
-
-def _hooks(model: nn.Module, name: str) -> list[tuple[nn.Module, Any]]:
-    """Accelerate's hooks on the way to a module, outermost first, the module's own included."""
-    path = [model.get_submodule(name), *_around(model, name)]
-    return [(module, getattr(module, HOOK)) for module in reversed(path) if hasattr(module, HOOK)]
-
-
-def _execution_device(model: nn.Module, name: str) -> torch.device | None:
-    """Where accelerate runs a module whose weights are elsewhere; None if it has no say in it."""
-    hooks = [hook for _, hook in _hooks(model, name)]
-    hooks += [getattr(inner, HOOK) for inner in model.get_submodule(name).modules() if hasattr(inner, HOOK)]
-    device = next((d for d in (getattr(hook, "execution_device", None) for hook in hooks) if d is not None), None)
-    return None if device is None else torch.device(device)
-
-
-@contextmanager
-def _weights_present(model: nn.Module, name: str) -> Iterator[None]:
-    """Run accelerate's hooks around a module, which bring offloaded weights and take them away again; gather weights that
-    DeepSpeed keeps in parts.
-    """
-    with ExitStack() as stack:
-        parts = [weight for weight in model.get_submodule(name).parameters() if hasattr(weight, "ds_id")]
-        if parts:
-            from deepspeed import zero
-
-            stack.enter_context(zero.GatheredParameters(parts))
-        for module, hook in _hooks(model, name):
-            hook.pre_forward(module)
-            stack.callback(hook.post_forward, module, torch.empty(0))
-        yield
-
-
-def _traits(module: nn.Module) -> Any:
-    """What besides its weights tells one attention module from another."""
-    plain = (bool, int, float, str, type(None))
-    own = {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "layer_idx"}
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    return tuple(sorted(own.items(), key=lambda item: item[0])), shapes
-
-
-def _with_random_weights(module: nn.Module) -> nn.Module:
-    """A copy in float32; what is no parameter, such as a rotary table, stays as it is."""
-    config = getattr(module, "config", None)
-    module = copy.deepcopy(module, {id(config): config})
-    generator = torch.Generator().manual_seed(0)
-    for inner in module.modules():
-        for name, parameter in list(inner.named_parameters(recurse=False)):
-            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-            offset = 0.0 if parameter.ndim > 1 else 1.0
-            weight = offset + spread * torch.randn(parameter.shape, generator=generator)
-            setattr(inner, name, nn.Parameter(weight, requires_grad=False))
-    return module
-
-
-@dataclass(frozen=True)
-class Support:
-    """Answer of :func:`supported`; true if FreqKV serves the model.
-
-    Attributes
-    ----------
-    reason : str
-        Why not, and what to use instead; empty if it does.
-    analysis : Analysis or None
-        What the model is made of, if it does.
-    """
-
-    reason: str
-    analysis: Analysis | None = None
-
-    def __bool__(self) -> bool:
-        return self.analysis is not None
-
-    def __str__(self) -> str:
-        if self.analysis is None:
-            return f"no: {self.reason}"
-        left = f", {len(self.analysis.others)} left to transformers" if self.analysis.others else ""
-        return f"yes: {len(self.analysis.layers)} attention modules compressed{left}"
-
-
-def find_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, also where it stands inside one of another library (PEFT, DDP, `torch.compile`).
-
-    Raises
-    ------
-    TypeError
-        If there is none, or more than one.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"pass a transformers model, not a {type(model).__name__}")
-    found: list[PreTrainedModel] = []
-    for inner in model.modules():
-        if isinstance(inner, PreTrainedModel) and not any(inner in set(outer.modules()) for outer in found):
-            found.append(inner)
-    if len(found) != 1:
-        raise TypeError(
-            f"pass a transformers model; a {type(model).__name__} has {len(found) or 'none'} of them inside"
-        )
-    return found[0]
-
-
-def supported(model_or_config: nn.Module | PreTrainedConfig) -> Support:
-    """Tell whether FreqKV serves a model, without patching it.
-
-    Parameters
-    ----------
-    model_or_config : PreTrainedModel or PreTrainedConfig
-        A configuration alone is enough: the model is then built without weights, and its attention modules are tried one
-        by one with random ones. A model may stand inside one of PEFT.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    """
-    if isinstance(model_or_config, PreTrainedConfig):
-        try:
-            model = _without_weights(model_or_config)
-        except (ValueError, ImportError) as error:
-            return Support(
-                f"{type(model_or_config).__name__}: transformers cannot build its causal language model ({error})"
-            )
-    elif isinstance(model_or_config, nn.Module):
-        model = find_model(model_or_config)
-    else:
-        raise TypeError(f"pass a transformers model or its config, not a {type(model_or_config).__name__}")
-    try:
-        return Support("", analyse(model))
-    except UnsupportedModelError as error:
-        return Support(str(error))
-
-
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    config = copy.deepcopy(config)  # building a model writes into its configuration
-    auto = AutoModelForCausalLM
-    if type(config) not in auto._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
-        auto = AutoModelForImageTextToText
-    with torch.random.fork_rng(devices=[]), _LargeOnMeta():
-        model: PreTrainedModel = auto.from_config(config)
-    return model
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """Tensors of weights' size take no memory; what rotary modules compute is smaller, and stays real."""
-
-    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FACTORIES and kwargs.get("device") is None:
-            with torch.device("meta"):
-                shaped: Tensor = func(*args, **kwargs)
-            if shaped.numel() >= 2**16:
-                return shaped
-        return func(*args, **kwargs)

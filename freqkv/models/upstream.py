@@ -6,6 +6,7 @@ Names are listed newest first. `missing()` compares what is installed with what 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -18,30 +19,35 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 __all__ = [
-    "ALL_MASK_ATTENTION_FUNCTIONS",
     "ATTENTION_CACHE_NAMES",
+    "ATTENTION_REGISTRY",
     "CACHE",
     "CACHE_NAMES",
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
+    "EAGER_ATTENTION",
     "GenerationMixin",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionLayer",
+    "MASK_FUNCTIONS",
     "PREPARE_CACHE",
     "PREPARE_INPUTS",
     "TESTED",
     "cache_name",
     "cache_of",
     "causal_mask",
-    "eager_mask",
+    "check_crop",
+    "config_with_attention",
+    "dense_mask",
     "frequencies",
     "is_rotary",
     "missing",
     "outdated",
+    "recording_attention",
     "renamed",
-    "sdpa_mask",
+    "takes_dense_masks",
 ]
 
 # The oldest and the newest release that FreqKV is tested with; README says the same.
@@ -59,6 +65,10 @@ HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
 RELEASE = Version(transformers.__version__)
 # Whether gradient checkpointing takes the cache away from layers only where gradients are computed.
 CHECKPOINTS_WITH_GRADIENTS_ONLY = Version("5.24") <= RELEASE
+# Under which name a module of modeling code finds the registry of attention functions, and its own one for "eager".
+ATTENTION_REGISTRY, EAGER_ATTENTION = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+# What FreqKV appends to the name of an attention implementation that records queries, and where a module keeps who wants them.
+RECORDING, RECORDER = "_freqkv_recording", "_freqkv_recorder"
 # Buffers of rotary modules: frequencies, or a table of all positions, `[sin | cos]`; and the frequencies that a RoPE type
 # started from which changes them with the length of its input.
 FREQUENCIES = "inv_freq"
@@ -126,9 +136,10 @@ DynamicLayer = _class("cache_utils", "DynamicLayer")
 LinearAttentionLayer = _class("cache_utils", "LinearAttentionLayer")
 LinearAttentionAndFullAttentionLayer = _class("cache_utils", "LinearAttentionAndFullAttentionLayer")
 GenerationMixin = _class("generation", "GenerationMixin")
-ALL_MASK_ATTENTION_FUNCTIONS = _find("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
+MASK_FUNCTIONS = _find("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
 eager_mask = _find("masking_utils", "eager_mask")
 sdpa_mask = _find("masking_utils", "sdpa_mask")
+_attention_functions = _find("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 _create_causal_mask = _find("masking_utils", "create_causal_mask")
 
 
@@ -188,6 +199,56 @@ def causal_mask(config: Any, hidden_states: Tensor, attention_mask: Any, cache: 
     return _create_causal_mask(config, hidden_states, attention_mask, cache, and_mask_function=and_mask)
 
 
+def takes_dense_masks(attention: str) -> bool:
+    """Whether an attention implementation takes masks of queries by entries."""
+    return MASK_FUNCTIONS.get(attention) in (eager_mask, sdpa_mask)
+
+
+def dense_mask(seen: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """What is seen, `(batch, 1, queries, entries)` bool, as an implementation takes it that takes dense masks."""
+    if MASK_FUNCTIONS[attention] is sdpa_mask:
+        return seen
+    return seen.new_zeros((), dtype=dtype).where(seen, torch.finfo(dtype).min)
+
+
+def check_crop(layer: Any, crop: Any, tokens_to_remove: int) -> None:
+    """Raise what `crop(layer, tokens_to_remove)` would raise, with the layer as it was."""
+    layer = copy.copy(layer)  # cropping replaces tensors, and does not write to them
+    for name, value in list(layer.__dict__.items()):
+        if isinstance(value, dict):
+            layer.__dict__[name] = dict(value)
+    crop(layer, tokens_to_remove)
+
+
+def config_with_attention(config: Any, attention: str) -> Any:
+    """A shallow copy of a configuration that names another attention implementation."""
+    new = object.__new__(type(config))
+    # The property `_attn_implementation` would set it in configurations inside this one as well, which are shared.
+    new.__dict__.update(config.__dict__, _attn_implementation_internal=attention)
+    return new
+
+
+def recording_attention(attention: str) -> str:
+    """The name of an attention implementation that hands queries to the module's recorder, and delegates to `attention`.
+
+    A recorder is a pair: a function of (query_states, scaling), and the function of the module for "eager".
+    """
+    name = attention + RECORDING
+    if name not in _attention_functions:
+
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            record, eager = getattr(module, RECORDER)
+            scaling = kwargs.get("scaling")
+            record(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            function = _attention_functions.get_interface(attention, eager)
+            return function(module, query, key, value, mask, *args, **kwargs)
+
+        _attention_functions.register(name, attend)
+        if attention in MASK_FUNCTIONS:
+            MASK_FUNCTIONS.register(name, MASK_FUNCTIONS[attention])
+    return name
+
+
 def frequencies(rotary: nn.Module) -> str | None:
     """The name of the buffer from which a rotary module computes its embeddings; None if it has none."""
     names = [name for name, _ in rotary.named_buffers(recurse=False, remove_duplicate=False)]
@@ -221,7 +282,7 @@ def missing() -> tuple[str, ...]:
         lacks.append(f"CacheLayerMixin asks layers for {', '.join(sorted(undefined))}")
     if "and_mask_function" not in _parameters(_create_causal_mask):
         lacks.append("create_causal_mask takes no and_mask_function")
-    if ALL_MASK_ATTENTION_FUNCTIONS is None or not {"eager", "sdpa"} <= set(ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()):
+    if MASK_FUNCTIONS is None or not {"eager", "sdpa"} <= set(MASK_FUNCTIONS.valid_keys()):
         lacks.append("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS has no masks for eager and sdpa")
     attention = _parameters(_find("models.llama.modeling_llama", "LlamaAttention.forward"))
     if cache_name(attention) is None:

@@ -1,0 +1,1 @@
+"""Patching a model: its forwards are replaced by ones that know FreqKV."""
