@@ -123,7 +123,7 @@ def check(family: str, attention: str, model) -> FreqKVCache:
     return last
 
 
-def layers_in_words(model, analysis: freqkv.models.analysis.Analysis) -> str:
+def layers_in_words(model, analysis: freqkv.models.layers.Analysis) -> str:
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     left = set()
     for index, kind in analysis.others.items():
@@ -144,7 +144,7 @@ def layers_in_words(model, analysis: freqkv.models.analysis.Analysis) -> str:
     return f"{compressed}; {kinds} left to transformers" if kinds else compressed
 
 
-def rotation_in_words(analysis: freqkv.models.analysis.Analysis, cache: FreqKVCache) -> str:
+def rotation_in_words(analysis: freqkv.models.layers.Analysis, cache: FreqKVCache) -> str:
     words = set()
     for layer in analysis.layers:
         how = layer.rotation

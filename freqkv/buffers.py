@@ -57,6 +57,10 @@ class Buffers:
         keys = self.tensors.get("keys")
         return 0 if keys is None else keys.shape[2]
 
+    def capacity_for(self, slots: int) -> int:
+        """How many slots buffers are made with where as many are needed."""
+        return self.window if self.whole else min(self.window, max(FIRST_CAPACITY, 1 << (slots - 1).bit_length()))
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -74,8 +78,7 @@ class Buffers:
     def make_room(self, keys: Tensor, values: Tensor, batch: int, held: int, slots: int) -> None:
         """Make keys and values of `batch` rows and at least `slots` slots, for such states; `held` entries are kept."""
         self.check(keys, values, batch if held else None)
-        doubled = max(FIRST_CAPACITY, self.capacity, 1 << (slots - 1).bit_length())
-        capacity = self.window if self.whole else min(self.window, doubled)
+        capacity = max(self.capacity_for(slots), min(self.capacity, self.window))
         grad, made = torch.is_grad_enabled(), {}
         for name, states in (("keys", keys), ("values", values)):
             shape = batch, states.shape[1], capacity, states.shape[3]

@@ -186,7 +186,7 @@ class FreqKVCache(TrackedCache):
         others = [layer for layer in self.layers if not isinstance(layer, FreqKVLayer)]
         held = (getattr(layer, name, None) for layer in others for name in ("keys", "values"))
         own: int = sum(layer.nbytes for layer in self._compressed)
-        return own + sum(t.numel() * t.element_size() for t in held if t is not None)
+        return int(own + sum(t.numel() * t.element_size() for t in held if t is not None))
 
     @property
     def compressed_layers(self) -> list[int]:

@@ -27,9 +27,10 @@ from freqkv.compressors import (
     mean_pool,
 )
 from freqkv.config import FreqKVConfig, geometry
+from freqkv.entries import LayerState
 from freqkv.errors import CacheFileError, UnsupportedModelError
 from freqkv.files import damaged, plain, read_file, write_file
-from freqkv.layer import FreqKVLayer, LayerState
+from freqkv.layer import FreqKVLayer
 from freqkv.models.fingerprint import (
     Fingerprint,
     check_fingerprint,

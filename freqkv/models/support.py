@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from freqkv.errors import UnsupportedModelError
-from freqkv.models.analysis import Analysis, analyse
+from freqkv.models.analysis import analyse
+from freqkv.models.layers import Analysis
 
 __all__ = ["Support", "find_model", "supported"]
 

@@ -19,7 +19,7 @@ from freqkv.compiled import CompiledStep
 from freqkv.forward import Forward, PartCache
 from freqkv.layer import FreqKVLayer
 from freqkv.models.adapters import check_whole_call
-from freqkv.models.analysis import AttentionLayer
+from freqkv.models.layers import AttentionLayer
 from freqkv.models.modules import Everywhere
 from freqkv.models.upstream import CACHE_NAMES, cache_of, renamed, takes_dense_masks
 from freqkv.parts import Call, Packing, Part, Run

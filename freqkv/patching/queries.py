@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from freqkv.errors import UnsupportedModelError
-from freqkv.models.analysis import AttentionLayer
+from freqkv.models.layers import AttentionLayer
 from freqkv.models.modules import shallow_copy
 from freqkv.models.upstream import (
     ATTENTION_REGISTRY,

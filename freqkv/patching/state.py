@@ -13,7 +13,7 @@ from freqkv.cache import FreqKVCache
 from freqkv.compressors import Compressor, compressor_name, queries_wanted
 from freqkv.config import FreqKVConfig, geometry
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
-from freqkv.models.analysis import Analysis, AttentionLayer
+from freqkv.models.layers import Analysis, AttentionLayer
 from freqkv.models.upstream import CACHE, cache_name
 from freqkv.patching.masks import Masks
 from freqkv.patching.methods import Replacement

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqkv.models.analysis import AttentionLayer, Rotary
+from freqkv.models.layers import AttentionLayer, Rotary
 from freqkv.rotary import SlotTable
 from freqkv.rotation import SlotRotation
 
