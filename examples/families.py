@@ -1,7 +1,7 @@
 """Which families of transformers' causal language models FreqKV serves, checked on a tiny random model of each.
 
 A family that `freqkv.supported` serves must equal `DynamicCache` below the window, and give past it the same in one pass
-and in chunks, with each attention implementation that it has. The table is written to a CSV file and into the README,
+and in chunks, with each attention implementation that it has. The table goes to a CSV file and into results/README.md,
 between two comments; one that another version of transformers left there is completed.
 
     python examples/families.py
@@ -30,6 +30,7 @@ from freqkv.models.rules import rule_for
 from freqkv.models.upstream import TESTED
 
 ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 sys.path.append(str(ROOT / "tests"))
 
 import test_every_family as test  # noqa: E402 - what the tests of all families do, and where they make exceptions
@@ -52,8 +53,8 @@ BEGIN, END = "<!-- families -->", "<!-- /families -->"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "families.csv")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file with the two comments")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "families.csv")
+    parser.add_argument("--readme", type=Path, default=RESULTS / "README.md", help="the file with the two comments")
     return parser.parse_args()
 
 
@@ -205,7 +206,7 @@ def count(rows: list[dict[str, str]]) -> str:
 
 
 def block(rows: list[dict[str, str]]) -> str:
-    """What stands in the README between the comments."""
+    """What stands in results/README.md between the comments."""
     newest = by_number({version for row in rows for version in row["transformers"].split()})[-1]
     served, others = defaultdict(list), {REFUSED: defaultdict(list), NOT_BUILT: defaultdict(list)}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The README's table of families, the file that it is made from, and the library."""
+"""The table of families in examples/results/README.md, the file that it is made from, and the library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zoo
 import freqkv
 from freqkv.models.upstream import TESTED
 
-ROWS = script.read(script.ROOT / "examples" / "results" / "families.csv")
+ROWS = script.read(script.RESULTS / "families.csv")
 HERE = {row["family"]: row for row in ROWS if script.VERSION in row["transformers"].split()}
 SERVED = ["cohere2", "deepseek_v2", "falcon_h1", "gemma4_text", "llama", "nanochat", "smollm3", "zamba2"]
 REFUSED = ["bert", "blt", "deepseek_v32", "gpt2", "mamba", "moshi", "xlnet"]
@@ -18,10 +18,14 @@ REFUSED = ["bert", "blt", "deepseek_v32", "gpt2", "mamba", "moshi", "xlnet"]
 listed = pytest.mark.skipif(not HERE, reason=f"the table was not made with transformers {script.VERSION}")
 
 
-def test_the_readme_shows_the_table():
-    readme = (script.ROOT / "README.md").read_text()
-    assert script.updated(readme, ROWS) == readme
-    assert script.updated(readme, ROWS[1:]) != readme
+def test_the_results_show_the_table():
+    results = (script.RESULTS / "README.md").read_text()
+    assert script.updated(results, ROWS) == results
+    assert script.updated(results, ROWS[1:]) != results
+
+
+def test_the_readme_counts_the_same():
+    assert script.count(ROWS) in " ".join((script.ROOT / "README.md").read_text().split())
 
 
 def test_the_table_holds_the_oldest_and_the_newest_version():

@@ -224,8 +224,8 @@ def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
     assert "bits per byte" in (tmp_path / "halves" / "model" / "README.md").read_text()
 
 
-def test_the_readme_shows_the_measured_tables():
-    readme = (EXAMPLES.parent / "README.md").read_text()
+def test_the_results_show_the_measured_tables():
+    results = (EXAMPLES / "results" / "README.md").read_text()
     tables = {
         "bits_per_byte": lambda row: f"{float(row['bits_per_byte']):.3f}" if row["bin"] == "summary" else None,
         "recall": lambda row: f"{float(row['accuracy']):.0%}",
@@ -237,4 +237,4 @@ def test_the_readme_shows_the_measured_tables():
                 rows.setdefault(row["arm"], []).extend(filter(None, [cell(row)]))
         assert len(rows) >= 4
         for arm, cells in rows.items():
-            assert f"| {arm} | {' | '.join(cells)} |" in readme
+            assert f"| {arm} | {' | '.join(cells)} |" in results
