@@ -122,6 +122,9 @@ class FreqKVCache(TrackedCache):
         extra_state = rule_for(model_config.get_text_config(decoder=True)).cache_state
         TrackedCache.__init__(self, layers, crossing, extra_state)
         self.forward_class = with_base(Forward, rule_for(model_config.get_text_config(decoder=True)))
+        self.wanted_queries = queries_wanted(self.compressor)
+        first = self._compressed[0].schedule
+        self.has_one_schedule = all(each is first or each == first for each in self.layer_schedules)
         self.compiled_step: CompiledStep | None = None
         if static:
             self._check_static(type(model_config).__name__)
@@ -134,7 +137,7 @@ class FreqKVCache(TrackedCache):
                 f"static=True needs a model all of whose layers are full attention and nothing else, {model} has others "
                 f"({kinds}). Leave it out"
             )
-        if queries_wanted(self.compressor):
+        if self.wanted_queries:
             raise ValueError(
                 f"static=True: compiled single tokens record no queries, which compressor={compressor_name(self.compressor)} "
                 "asks for. Leave static out"

@@ -40,7 +40,7 @@ class Padding:
         """With the columns of a call."""
         columns, mask, before = self.columns + call.tokens, call.token_mask, self.token_mask
         if mask is None and before is None:
-            return replace(self, columns=columns)
+            return Padding(self.kept, columns)
         if mask is None:
             mask = torch.ones(call.batch, call.tokens, dtype=torch.bool)
         if before is None:

@@ -82,33 +82,35 @@ class AttentionForward(Wrapper):
         tokens = hidden_states.shape[1]
         mapping = kwargs.get("shared_kv_states")
         shared_kv = None if mapping is None else SharedEntries(mapping)
-        reads_shared = shared_kv is not None and self.layer.reads_shared
         if forward is None:
-            own = self.state.new_layer(self.layer)
+            layers: list[Any] = Everywhere([self.state.new_layer(self.layer)])
             # A layer that reads the entries of another one may get the last tokens of the call only.
-            total = shared_kv.tokens if reads_shared and shared_kv is not None else tokens
+            reads = shared_kv is not None and self.layer.reads_shared
+            total = shared_kv.tokens if reads and shared_kv is not None else tokens
             call = Call((0,) * hidden_states.shape[0], total)
             window, keeps_mask = self.state.window(), self.state.fits(total)
-            layers: list[Any] = Everywhere([own])
-            prepared = list(self._prepared(kwargs, call.parts(own.schedule), layers, window, keeps_mask, None))
+            prepared = list(self._prepared(kwargs, call.parts(layers[0].schedule), layers, window, keeps_mask, None))
         else:
-            self._check_state(forward)
-            layers = forward.layers
+            assert forward.call is not None
+            layers, call = forward.layers, forward.call
             prepared = self._prepared_once(kwargs, forward)
-        self._check_adapters(prepared)
+            if self.layer.keeps_state and not call.uniform:
+                raise ValueError(
+                    f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
+                    "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
+                )
+        if len(prepared) > 1 or not call.uniform:
+            self._check_adapters(prepared)
         outputs = []
         for each in prepared:
             outputs.append(self._run(original, kwargs, each, layers, shared_kv))
-            if shared_kv is not None and not reads_shared and len(prepared) > 1:
-                shared_kv.keep(each.part.call.tokens, last=each is prepared[-1])
-        if forward is None:
-            return joined(outputs)
-        assert forward.call is not None
+            if shared_kv is not None and not self.layer.reads_shared and len(prepared) > 1:
+                shared_kv.keep(call.tokens, last=each is prepared[-1])
         spread = None
-        if forward.weights_asked and outputs and forward.padding.token_mask is not None:  # given out for one part only
+        if forward is not None and forward.weights_asked and outputs:  # given out for one part only
             mask = forward.padding.token_mask
-            spread = functools.partial(spread_weights, prepared[0].part.rows, tokens, mask)
-        if forward.call.uniform:
+            spread = None if mask is None else functools.partial(spread_weights, prepared[0].part.rows, tokens, mask)
+        if call.uniform:
             return joined(outputs, spread)
         return unpacked(outputs, [each.selection for each in prepared], hidden_states, spread)
 
@@ -228,14 +230,8 @@ class AttentionForward(Wrapper):
             return {"position_embeddings": step.embeddings(self.kind, given.dtype)}
         return {"position_ids": step.slot[None]} if self.layer.positions == "position_ids" else {}
 
-    def _check_state(self, forward: Forward) -> None:
-        if self.layer.keeps_state and forward.call is not None and not forward.call.uniform:
-            raise ValueError(
-                f"attention_mask has zeros, but {self.layer.name} carries a state of its own from token to token, so that "
-                "rows of a batch cannot take turns. Pass rows of equal length, or one row at a time"
-            )
-
     def _check_adapters(self, prepared: list[PreparedPart]) -> None:
+        """That no adapter inside was told of the rows or tokens of the call, which the module does not run over as a whole."""
         if len(prepared) > 1 or any(isinstance(each.selection, Packing) for each in prepared):
             rows = all(each.part.everyone for each in prepared)
             check_whole_call(self.layer.module, rows=rows, tokens=False)

@@ -93,7 +93,8 @@ def check_cache(cache: FreqKVCache, state: PatchState) -> None:
                     f"this FreqKVCache was made for a model with {what} {cache.geometry[what]}, this model has "
                     f"{expected}: make it with FreqKVCache(model.config, ...) of the model that uses it"
                 )
-    state.check_method(cache.compressor, cache.layer_schedules)
+    if cache.wanted_queries or not cache.has_one_schedule:
+        state.check_method(cache.compressor, cache.layer_schedules)
 
 
 def is_not_text(name: str, value: Any) -> bool:
