@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from freqkv.hiding import Hidden, hide
 from freqkv.layer import FreqKVLayer
 from freqkv.models.upstream import CACHE_NAMES, Cache, CacheLayerMixin
 from freqkv.padding import Padding
@@ -39,6 +40,8 @@ class Request:
     other_inputs : frozenset of str
         Arguments that are not text, such as images.
     use_cache : bool or None
+    hidden : Hidden or None
+        Tokens in the cache that its mask takes for padding.
     """
 
     batch: int
@@ -48,6 +51,7 @@ class Request:
     mask_given: bool = False
     other_inputs: frozenset[str] = field(default_factory=frozenset)
     use_cache: bool | None = None
+    hidden: Hidden | None = None
 
 
 class Forward(Cache):
@@ -76,6 +80,8 @@ class Forward(Cache):
     def begin(self) -> None:
         """Start; see :meth:`TrackedCache.begin`."""
         if self.cache is not None:
+            if self.request.hidden is not None:
+                hide(self.cache, self.request.hidden)
             self.cache.begin()
 
     def enter_decoder(self, tokens: int, weights_asked: bool) -> None:

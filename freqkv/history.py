@@ -63,6 +63,21 @@ class History:
             return History(self.kept)
         return replace(flushed, columns=self.columns - columns, sums=flushed.sums[:, :left])
 
+    def without(self, hidden: Tensor) -> History:
+        """With some of the last columns, `(batch, last)` bool, taken for padding."""
+        flushed = self._flushed()
+        sums = flushed.sums
+        if sums is None:
+            return flushed
+        complete = sums.shape[1] == self.columns  # else the first hash that is kept cannot be told from those before it
+        own = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]) if complete else sums[:, :1])
+        last = min(hidden.shape[1], own.shape[1])
+        gone = torch.zeros_like(own, dtype=torch.bool)
+        gone[:, own.shape[1] - last :] = hidden[:, hidden.shape[1] - last :].to(own.device)
+        if bool(hidden[:, : hidden.shape[1] - last].any()) or (not complete and bool(gone[:, 0].any())):
+            return History(self.kept, self.columns, known=False)
+        return replace(flushed, sums=sums - (own * gone).cumsum(1))
+
     def taken(self, rows: Callable[[Tensor], Tensor]) -> History:
         """With other rows."""
         flushed = self._flushed()

@@ -55,6 +55,16 @@ class Padding:
             mask = mask[:, : mask.shape[1] - columns]
         return replace(self, columns=self.columns - columns, token_mask=mask)
 
+    def without(self, hidden: Tensor) -> Padding:
+        """With some of the last columns, `(batch, last)` bool on the CPU, taken for padding."""
+        mask = self.token_mask
+        if mask is None:
+            mask = torch.ones(hidden.shape[0], min(self.columns, self.kept), dtype=torch.bool)
+        last = min(mask.shape[1], hidden.shape[1])
+        mask = mask.clone()
+        mask[:, mask.shape[1] - last :] &= ~hidden[:, hidden.shape[1] - last :].to(mask.device)
+        return replace(self, token_mask=mask)
+
     def before(self, counts: tuple[int, ...], columns: int) -> tuple[int, ...]:
         """Tokens of each row without the last `columns`, of which it has `counts` with them.
 

@@ -189,9 +189,7 @@ class TrackedCache(Cache):
             raise RuntimeError("this model's linear attention keeps no past: its cache cannot be cropped")
         counts = self.counts
         after = self.padding.before(counts, -tokens_to_remove)
-        for layer in self._compressed:
-            if layer.counts:
-                layer.check_rewind(after)
+        self.check_rewind(after)
         # How each layer of transformers goes back; a hybrid one has both kinds of state.
         crops = [
             (layer, LinearAttentionLayer.crop if isinstance(layer, FreqKVHybridLayer) else type(layer).crop)
@@ -207,6 +205,25 @@ class TrackedCache(Cache):
                 layer.rewind(after)
         self.padding = self.padding.cropped(-tokens_to_remove)
         self.history = self.history.cropped(-tokens_to_remove)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether something in it cannot forget single rows' tokens: a convolution or recurrent state."""
+        return self.extra_state_name is not None or any(hasattr(layer, "has_previous_state") for layer in self.layers)
+
+    def check_rewind(self, after: tuple[int, ...]) -> None:
+        """Raise where compressed layers cannot go back to `after` tokens in each row. See :meth:`crop`."""
+        for layer in self._compressed:
+            if layer.counts:
+                layer.check_rewind(after)
+
+    def rewind(self, after: tuple[int, ...], hidden: Tensor) -> None:
+        """Let rows go back to `after` tokens; columns stay, of which `hidden`, `(batch, last)`, are padding from now on."""
+        for layer in self._compressed:
+            if layer.counts:
+                layer.rewind(after)
+        self.padding = self.padding.without(hidden)
+        self.history = self.history.without(hidden)
 
     def reset(self) -> None:
         """Forget all tokens; buffers stay allocated."""

@@ -573,7 +573,7 @@ def test_arguments_that_freqkv_cannot_serve(with_cache):
             model(ids, **{CACHE: cache}, use_cache=False)
         late = torch.ones(2, 60)
         late[0, 2] = 0
-        with pytest.raises(ValueError, match="what has entered cannot be hidden"):
+        with pytest.raises(ValueError, match="only the last tokens of a row can be hidden"):
             model(ids, attention_mask=late, **{CACHE: cache})
 
 

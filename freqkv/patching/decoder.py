@@ -116,7 +116,7 @@ class ModelForward(Wrapper):
             return None
         check_cache(cache, self.state)
         request = request_of(kwargs, inputs, cache, self.state)
-        if request.token_mask is not None or request.mask_given:
+        if request.token_mask is not None or request.mask_given or request.hidden is not None:
             return None
         if not self.state.has_one_module_per_layer:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from freqkv.cache import FreqKVCache
+from freqkv.hiding import hidden_tokens
 from freqkv.models.upstream import (
     CACHE,
     PREPARE_CACHE,
@@ -97,7 +98,11 @@ def _check_begins(ids: Tensor | None, new: int | None, mask: Any, cache: FreqKVC
     seen = cache.tokens_seen
     if ids is None or new is None or not 0 < seen == ids.shape[1] - new:
         return
-    if not cache.history.begins(ids, mask):
+    history = cache.history
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= seen:
+        hidden = hidden_tokens(cache, mask[:, :seen].bool())
+        history = history if hidden is None else history.without(hidden.columns)
+    if not history.begins(ids, mask):
         raise ValueError(
             f"the input does not begin with the {seen} tokens that this FreqKVCache has seen: it is another conversation, or "
             "one whose earlier turns are written otherwise now (edited, or rendered without their thoughts). Use another "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from freqkv.cache import FreqKVCache
 from freqkv.forward import Forward, Request
+from freqkv.hiding import hidden_tokens
 from freqkv.patching.state import PatchState
 
 __all__ = [
@@ -68,9 +69,13 @@ def request_of(kwargs: dict[str, Any], inputs: Tensor, cache: FreqKVCache | None
     if mask_given:
         assert isinstance(mask, Tensor)
         _check_custom(mask, batch, seen, tokens, cache, state)
-        token_mask = None
-    else:
-        token_mask = _token_mask(mask, batch, seen, tokens, None if cache is None else cache.row_tokens)
+        mask = None
+    token_mask, hidden = _token_mask(mask, batch, seen, tokens), None
+    if token_mask is not None:
+        if cache is not None and seen and not (cache.row_tokens is None and bool(token_mask.all())):
+            hidden = hidden_tokens(cache, token_mask[:, :seen])
+        token_mask = token_mask[:, seen:]
+        token_mask = None if bool(token_mask.all()) else token_mask
     ids = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else None
     return Request(
         batch=batch,
@@ -80,6 +85,7 @@ def request_of(kwargs: dict[str, Any], inputs: Tensor, cache: FreqKVCache | None
         mask_given=mask_given,
         other_inputs=frozenset(name for name, value in kwargs.items() if is_not_text(name, value)),
         use_cache=kwargs.get("use_cache"),
+        hidden=hidden,
     )
 
 
@@ -136,8 +142,14 @@ def _check_custom(
     )
 
 
-def _token_mask(mask: Any, batch: int, seen: int, tokens: int, rows: list[int] | None) -> Tensor | None:
-    """Which of the new tokens are not padding; None for all."""
+def _token_mask(mask: Any, batch: int, seen: int, tokens: int) -> Tensor | None:
+    """A mask of all columns, as bool; None where nothing is padding.
+
+    Raises
+    ------
+    ValueError
+        If it is no mask of these columns.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -150,17 +162,7 @@ def _token_mask(mask: Any, batch: int, seen: int, tokens: int, rows: list[int] |
             f"attention_mask has shape {tuple(mask.shape)}, but there are {batch} rows of {seen} tokens in the cache "
             f"and {tokens} new ones: pass one of shape {(batch, seen + tokens)}, or none"
         )
-    if rows is None and bool(mask.all()):
-        return None
-    mask = mask.bool()  # numbers of low precision could not be counted
-    before = mask[:, :seen].sum(1).tolist()
-    if before != ([seen] * batch if rows is None else rows):
-        raise ValueError(
-            f"attention_mask leaves {before} of the tokens before these, the cache holds {rows or [seen] * batch} in its rows: "
-            "what has entered cannot be hidden, and what was padding cannot be shown"
-        )
-    new = mask[:, seen:]
-    return None if bool(new.all()) else new
+    return mask.bool()  # numbers of low precision could not be counted
 
 
 def check_decoder_arguments(
