@@ -165,11 +165,6 @@ class FreqKVCache(TrackedCache):
         return self._compressed[0].schedule
 
     @property
-    def layer_schedules(self) -> list[Schedule]:
-        """The schedules of all compressed layers."""
-        return [layer.schedule for layer in self._compressed]
-
-    @property
     def longest_window(self) -> int:
         """Of all compressed layers: slots are below it."""
         return max(layer.schedule.window for layer in self._compressed)
@@ -190,11 +185,6 @@ class FreqKVCache(TrackedCache):
         held = (getattr(layer, name, None) for layer in others for name in ("keys", "values"))
         own: int = sum(layer.nbytes for layer in self._compressed)
         return int(own + sum(t.numel() * t.element_size() for t in held if t is not None))
-
-    @property
-    def compressed_layers(self) -> list[int]:
-        """Indices of the layers that FreqKV compresses; the others are transformers' own."""
-        return [index for index, layer in enumerate(self.layers) if isinstance(layer, FreqKVLayer)]
 
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
         """Write what the cache holds to one safetensors file, whose size does not grow once the window is full.
@@ -275,10 +265,7 @@ class FreqKVCache(TrackedCache):
             about += f" of {str(keys.dtype).removeprefix('torch.')} on {keys.device}"
         if self.is_spent:
             about += ", spent: call reset()"
-        given = (
-            f"window={numbers.window}, sink_tokens={numbers.sink_tokens}, retain_ratio={numbers.retain_ratio}, "
-            f"recent_tokens={numbers.recent_tokens}"
-        )
+        given = repr(numbers).removeprefix("FreqKVConfig(").removesuffix(")")
         if isinstance(self.schedules, Schedule):
             given = f"schedule={self.schedules}"
         elif self.schedules:

@@ -14,6 +14,7 @@ from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.models.upstream import Cache, DynamicLayer, LinearAttentionLayer, check_crop
 from freqkv.padding import Padding
 from freqkv.parts import Call
+from freqkv.schedule import Schedule
 
 __all__ = ["TrackedCache"]
 
@@ -74,6 +75,16 @@ class TrackedCache(Cache):
     def extra_state(self) -> list[Any] | None:
         """What the family keeps by layer beside the layers (MiniMax)."""
         return None if self.extra_state_name is None else getattr(self, self.extra_state_name)  # type: ignore[no-any-return]
+
+    @property
+    def compressed_layers(self) -> list[int]:
+        """Indices of the layers that FreqKV compresses; the others are transformers' own."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, FreqKVLayer)]
+
+    @property
+    def layer_schedules(self) -> list[Schedule]:
+        """The schedules of all compressed layers."""
+        return [layer.schedule for layer in self._compressed]
 
     @property
     def tokens_seen(self) -> int:
