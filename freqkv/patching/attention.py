@@ -54,14 +54,14 @@ class AttentionForward(Wrapper):
         super().__init__(layer.module, state)
         self.layer = layer
         self.kind = state.tables.kinds[layer.kind]
-        # Before the cache was renamed, continuous batching brought its pages under what is its name now.
-        self.has_former_name = layer.cache_argument == CACHE_NAMES[0]
+        self.is_renamed = layer.cache_argument == CACHE_NAMES[0]
 
     def __call__(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = self.named(args, kwargs)
         cache = kwargs.get(self.layer.cache_argument)
-        if cache is None and self.has_former_name and (cache := cache_of(kwargs)) is not None:
+        # Before the cache was renamed, continuous batching brought its pages under what is its name now.
+        if cache is None and (cache := cache_of(kwargs)) is not None and self.is_renamed:
             kwargs = renamed(kwargs, self.layer.cache_argument)
         if isinstance(cache, CompiledStep):
             return original(**{**kwargs, **self._step_arguments(kwargs, cache)})
