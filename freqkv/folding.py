@@ -58,11 +58,12 @@ def fold(
             entries = raw[0][:, :, first:last], raw[1][:, :, first:last]
             span = Span(*entries, each.keep, layer_idx, each.start)
             if queries is not None:
-                wide = queries.states.to(raw[0].dtype, copy=True)  # the buffer is written to again
+                held = start + raw[0].shape[2]
+                last = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries
                 span = dataclasses.replace(
                     span,
-                    queries=wide,
-                    query_start=start + raw[0].shape[2] - wide.shape[2],  # they are the last tokens that entered
+                    queries=last.to(raw[0].dtype, copy=True),  # the buffer is written to again
+                    query_start=held - last.shape[2],  # they are the last tokens that entered
                     scaling=queries.scaling,
                     rotate=rotation.rotate_one,
                 )

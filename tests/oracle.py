@@ -98,7 +98,7 @@ def llama_logits(
                 if attended is None:
                     kept = [squeeze(span, keep) for span in spans]
                 else:
-                    last = queries[layer][-attended[0] :]
+                    last = queries[layer][-attended[0] :][-entries:]
                     first_query = entries - len(last)
                     kept = most_attended(*spans, keep, last, first_query, start, rotate_at, dim**-0.5, attended[1])
                 keys[layer], values[layer] = (

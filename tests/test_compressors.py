@@ -301,7 +301,7 @@ def test_a_span_without_queries_says_how_to_get_them():
         spans[0].attention()
 
 
-@pytest.mark.parametrize("compressor", [keep_recent, ATTENDED])
+@pytest.mark.parametrize("compressor", [keep_recent, ATTENDED, KeepAttended(29, 1)])
 def test_a_schedule_of_several_folds_is_the_float64_loop(compressor):
     model = tiny_llama()
     schedule = Tiers(29, 2, 6)
@@ -310,7 +310,7 @@ def test_a_schedule_of_several_folds_is_the_float64_loop(compressor):
     def folds(token, entries):
         return [(fold.start, fold.stop, fold.keep) for fold in schedule.folds_before(token)]
 
-    attended = (6, 3) if compressor is ATTENDED else None
+    attended = None if compressor is keep_recent else (compressor.queries, compressor.pool)
     expected = llama_logits(
         model, ids[0], 29, 2, 0.5, 6, squeeze=lambda x, keep: x[:, -keep:], attended=attended, schedule=folds
     )
