@@ -59,11 +59,11 @@ def fold(
             span = Span(*entries, each.keep, layer_idx, each.start)
             if queries is not None:
                 held = start + raw[0].shape[2]
-                last = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries
+                recent = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries
                 span = dataclasses.replace(
                     span,
-                    queries=last.to(raw[0].dtype, copy=True),  # the buffer is written to again
-                    query_start=held - last.shape[2],  # they are the last tokens that entered
+                    queries=recent.to(raw[0].dtype, copy=True),  # the buffer is written to again
+                    query_start=held - recent.shape[2],  # they are the last tokens that entered
                     scaling=queries.scaling,
                     rotate=rotation.rotate_one,
                 )
