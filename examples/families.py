@@ -33,8 +33,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 sys.path.append(str(ROOT / "tests"))
 
-import test_every_family as test  # noqa: E402 - what the tests of all families do, and where they make exceptions
+import every_family as every  # noqa: E402 - what the tests of all families do, and where they make exceptions
 import zoo  # noqa: E402
+from running import close  # noqa: E402
 
 VERSION = ".".join(transformers.__version__.split(".")[:2])
 COLUMNS = ["family", "status", "layers", "rotation", "attention", "reason", "transformers"]
@@ -85,7 +86,7 @@ def looked_at(family: str) -> dict[str, str]:
     if not support:
         return row | {"status": REFUSED, "reason": in_short(support.reason)}
     checked = {}
-    for attention in test.ATTENTION:
+    for attention in every.ATTENTION:
         try:
             model.set_attn_implementation(attention)
         except ValueError:
@@ -102,25 +103,25 @@ def looked_at(family: str) -> dict[str, str]:
 @torch.no_grad()
 def check(family: str, attention: str, model) -> FreqKVCache:
     """Below the window what DynamicCache gives, past it the same in one pass and in chunks. Returns the cache."""
-    ids = torch.randint(3, 100, (2, test.LENGTH), generator=torch.Generator().manual_seed(1))
-    window = test.N
+    ids = torch.randint(3, 100, (2, every.LENGTH), generator=torch.Generator().manual_seed(1))
+    window = every.N
     own_cache = rule_for(model.config.get_text_config(decoder=True)).cache_class is not None
-    uneven = family in test.OWN_SPLITS_DIFFER
+    uneven = family in every.OWN_SPLITS_DIFFER
     splits = [window] if uneven or own_cache else [9, 1, 5]
     plain_cache = None if own_cache else DynamicCache(config=model.config)  # it takes only one that it made itself
-    plain = test.feed(model, ids[:, :window], plain_cache, splits)
+    plain = every.feed(model, ids[:, :window], plain_cache, splits)
 
     def cache() -> FreqKVCache:
-        return FreqKVCache(model.config, window=window, sink_tokens=test.SINKS, recent_tokens=test.RECENT)
+        return FreqKVCache(model.config, window=window, sink_tokens=every.SINKS, recent_tokens=every.RECENT)
 
     with freqkv.patch(model):
-        if (family, attention) not in test.SEES_AHEAD:
-            logits = test.feed(model, ids[:, :window], cache(), splits)
-            equal = test.close(logits, plain, 1e-6) if family in test.OTHER_KERNEL else torch.equal(logits, plain)
+        if (family, attention) not in every.SEES_AHEAD:
+            logits = every.feed(model, ids[:, :window], cache(), splits)
+            equal = close(logits, plain, 1e-6) if family in every.OTHER_KERNEL else torch.equal(logits, plain)
             assert equal, "below the window"
-        whole = test.feed(model, ids, last := cache(), [test.LENGTH])
-        chunks = test.feed(model, ids, cache(), [window] if uneven else test.CHUNKS)
-        assert test.close(chunks, whole, test.LOOSE.get(family, 3e-4)), "past the window"
+        whole = every.feed(model, ids, last := cache(), [every.LENGTH])
+        chunks = every.feed(model, ids, cache(), [window] if uneven else every.CHUNKS)
+        assert close(chunks, whole, every.LOOSE.get(family, 3e-4)), "past the window"
     return last
 
 

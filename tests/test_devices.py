@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from models import tiny_llama, tokens
-from test_ragged import padded, rows_of
+from running import padded, rows_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, TorchAoConfig
 
 import freqkv

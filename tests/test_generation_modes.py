@@ -12,7 +12,7 @@ import zoo
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
-from test_ragged import padded, rows_of
+from running import padded, rows_of
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (

@@ -13,7 +13,7 @@ import zoo
 from accelerate import cpu_offload
 from catching import Catcher, Caught, identity
 from models import tiny_llama, tokens
-from test_method import stream
+from running import stream
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import freqkv

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
 from oracle import llama_logits
-from test_method import Float64RMSNorm
-from test_ragged import padded, rows_of
+from running import Float64RMSNorm, padded, rows_of
 from torch import nn
 from transformers import DataCollatorWithFlattening, HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM, Trainer
 from transformers import TrainingArguments as Arguments
@@ -238,7 +237,7 @@ def test_no_loss_depends_on_later_keys_or_values(stream):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_gradient_checkpointing_of_padded_and_dropped_out_batches(reentrant, side):
-    """The same gradients as without it, dropout included. (Plain rows and caches: test_patch.py.)"""
+    """The same gradients as without it, dropout included. (Plain rows and caches: test_handle.py.)"""
     model = patched(attention="sdpa", attention_dropout=0.2)
     ids = tokens(2 * N + 3, batch=3)
     batch = {"input_ids": ids, "labels": ids} if side is None else labelled(rows_of([N - 1, N, 2 * N + 3]), side)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ROPE_TYPES, tiny_llama, tokens
 from oracle import llama_logits
+from running import Float64RMSNorm, stream
 from strategies import configs
-from torch import nn
 from transformers import DynamicCache
 
 import freqkv
@@ -36,29 +36,8 @@ def patched(**config):
     return model
 
 
-@torch.no_grad()
-def stream(model, ids, cache, splits):
-    """Logits of `ids` fed through `cache` in calls of the lengths in `splits`, then token by token."""
-    outputs, start = [], 0
-    for length in [*splits, *[1] * (ids.shape[1] - sum(splits))]:
-        outputs.append(model(ids[:, start : start + length], **{CACHE: cache}).logits)
-        start += length
-    return torch.cat(outputs, 1)
-
-
 def truth(model, ids, config):
     return llama_logits(model, ids, config.window, config.sink_tokens, config.retain_ratio, config.recent_tokens)
-
-
-class Float64RMSNorm(nn.Module):
-    """transformers norms in float32 whatever the dtype; this one does not."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=str)

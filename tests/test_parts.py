@@ -11,6 +11,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
+from running import padded, rows_of
 from transformers import DynamicCache
 
 import freqkv
@@ -21,20 +22,6 @@ from freqkv.parts import Call
 N = 23
 CONFIG = FreqKVConfig(window=N, sink_tokens=3, recent_tokens=2)
 LENGTHS = [1, 7, N, 3 * N + 5]
-
-
-def padded(rows, side="left", pad=0):
-    """`input_ids` and `attention_mask` of rows of different length."""
-    longest = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        ids[i, where], mask[i, where] = row, 1
-    return ids, mask
-
-
-def rows_of(lengths, seed=0):
-    return [tokens(length, seed=seed + i)[0] for i, length in enumerate(lengths)]
 
 
 @torch.no_grad()

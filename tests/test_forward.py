@@ -14,7 +14,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
-from test_ragged import padded, rows_of
+from running import padded, rows_of
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import freqkv

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from models import tiny_llama, tokens
-from test_ragged import padded, rows_of
+from running import padded, rows_of
 from transformers import CompileConfig
 
 import freqkv

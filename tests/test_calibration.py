@@ -15,8 +15,7 @@ import torch
 import zoo
 from catching import Catcher, Caught, identity
 from oracle import low_pass
-from test_method import stream
-from test_rope_variants import difference
+from running import difference, stream
 from transformers.cache_utils import Cache
 
 import freqkv

@@ -14,7 +14,7 @@ import torch
 import transformers
 import zoo
 from catching import Catcher, Caught, identity
-from test_method import stream
+from running import difference, stream
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
 import freqkv
@@ -164,11 +164,6 @@ def model_of(name, attention="eager", change=None):
 
 def text(length=LENGTH):
     return torch.randint(3, 100, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-def difference(one, other):
-    """The largest, relative to the largest value."""
-    return ((one - other).abs().max() / other.abs().max()).item()
 
 
 def full_attention(model):

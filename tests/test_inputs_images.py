@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from test_every_family import CHUNKS, LENGTH, RECENT, SINKS, N, close
+from every_family import CHUNKS, LENGTH, RECENT, SINKS, N
+from running import close
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,

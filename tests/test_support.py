@@ -8,7 +8,7 @@ import torch
 import transformers
 import zoo
 from models import tiny_llama, tokens
-from test_method import stream
+from running import stream
 from transformers import DynamicCache
 
 import freqkv
