@@ -177,7 +177,9 @@ class EntriesLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
-        self._take(lambda t: t[indices.to(t.device)], lambda rows: torch.tensor(rows)[indices.cpu()].tolist())
+        self._take(
+            lambda t: t[indices.to(t.device)], lambda rows: torch.tensor(rows, device="cpu")[indices.cpu()].tolist()
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, for beam search."""

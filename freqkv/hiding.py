@@ -54,7 +54,7 @@ def hidden_tokens(cache: TrackedCache, mask: Tensor) -> Hidden | None:
         return None
     known = cache.padding.token_mask
     if known is None:
-        known = torch.ones(len(counts), cache.tokens_seen, dtype=torch.bool)
+        known = torch.ones(len(counts), cache.tokens_seen, dtype=torch.bool, device="cpu")
     last = mask[:, mask.shape[1] - known.shape[1] :]
     gone = known & ~last
     # Once a token is hidden, so are all behind it; and what stands before the known columns is as it was.

@@ -42,7 +42,7 @@ class Padding:
         if mask is None and before is None:
             return Padding(self.kept, columns)
         if mask is None:
-            mask = torch.ones(call.batch, call.tokens, dtype=torch.bool)
+            mask = torch.ones(call.batch, call.tokens, dtype=torch.bool, device="cpu")
         if before is None:
             before = mask.new_ones(call.batch, min(self.columns, self.kept))
         last = torch.cat([before.to(mask.device), mask], dim=1)[:, -max(self.kept, call.tokens) :]
@@ -59,7 +59,7 @@ class Padding:
         """With some of the last columns, `(batch, last)` bool on the CPU, taken for padding."""
         mask = self.token_mask
         if mask is None:
-            mask = torch.ones(hidden.shape[0], min(self.columns, self.kept), dtype=torch.bool)
+            mask = torch.ones(hidden.shape[0], min(self.columns, self.kept), dtype=torch.bool, device="cpu")
         last = min(mask.shape[1], hidden.shape[1])
         mask = mask.clone()
         mask[:, mask.shape[1] - last :] &= ~hidden[:, hidden.shape[1] - last :].to(mask.device)

@@ -49,7 +49,7 @@ class Call:
     def columns(self) -> Tensor:
         """`(batch, tokens)`: for each row, the columns of its tokens, in order, before those of its padding."""
         if self.token_mask is None:
-            return torch.arange(self.tokens).expand(self.batch, -1)
+            return torch.arange(self.tokens, device="cpu").expand(self.batch, -1)
         return torch.argsort((~self.token_mask).to(torch.uint8), dim=1, stable=True)
 
     @cached_property
@@ -224,9 +224,9 @@ class Part:
         return packing
 
     def _packing(self, last: int, device: torch.device) -> Packing | None:
-        rows = torch.tensor(self.rows)[:, None]
+        rows = torch.tensor(self.rows, device="cpu")[:, None]
         brought = [stop - self.call.before[row] for row, stop in zip(self.rows, self.stops, strict=True)]
-        place, token_mask = self._places(torch.tensor(brought)[:, None])
+        place, token_mask = self._places(torch.tensor(brought, device="cpu")[:, None])
         columns = self.call.columns[rows, place.clamp(min=0)] - (self.call.tokens - last)
         token_mask = token_mask & (columns >= 0)
         if not token_mask.any():
@@ -235,8 +235,8 @@ class Part:
 
     def _places(self, stops: Tensor) -> tuple[Tensor, Tensor]:
         """`(rows, width)`: numbers that end at `stops`, right-aligned, and which of them are tokens."""
-        back = torch.arange(self.width - 1, -1, -1)
-        counts = torch.tensor(self.counts)[:, None]
+        back = torch.arange(self.width - 1, -1, -1, device="cpu")
+        counts = torch.tensor(self.counts, device="cpu")[:, None]
         return stops - 1 - back, (back < counts).expand(len(self.rows), self.width)
 
     def slots_of(self, width: int, device: torch.device) -> slice | Tensor:
@@ -247,7 +247,7 @@ class Part:
 
     @property
     def _entries(self) -> Tensor:
-        return torch.tensor(self.entries)[:, None]
+        return torch.tensor(self.entries, device="cpu")[:, None]
 
     def writes(self, heads: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Where all tokens go: rows of the buffer `(batch * heads * capacity, dim)`, and the rows of the packed states
@@ -262,7 +262,8 @@ class Part:
     def _scattered(
         self, places: Tensor, wanted: Tensor, heads: int, capacity: int, device: torch.device, whole: bool
     ) -> tuple[Tensor, Tensor | None]:
-        sequences = torch.tensor(self.rows)[:, None, None] * heads + torch.arange(heads)[None, :, None]
+        rows, head = torch.tensor(self.rows, device="cpu"), torch.arange(heads, device="cpu")
+        sequences = rows[:, None, None] * heads + head[None, :, None]
         to = sequences * capacity + places[:, None]
         if whole:
             return to.flatten().to(device), None
@@ -307,8 +308,8 @@ class Part:
         def make() -> tuple[Tensor, Tensor]:
             found = self.recorded(queries)
             assert found is not None
-            counts, places = torch.tensor(found)[:, :1], torch.tensor(found)[:, 1:]
-            back = torch.arange(self.width - 1, -1, -1)
+            counts, places = torch.tensor(found, device="cpu").split(1, dim=1)
+            back = torch.arange(self.width - 1, -1, -1, device="cpu")
             to, taken = self._scattered(
                 places + counts - 1 - back,
                 (back < counts).expand(len(self.rows), -1),

@@ -133,7 +133,7 @@ class TrackedCache(Cache):
     def begin_from(self, columns: int, padded_rows: int | None) -> None:
         """Note what was seen by a cache that was saved; rows are given where some of its columns were padding."""
         # Which of the last tokens were padding is not stored, since they may be any number: they cannot be cropped.
-        mask = None if padded_rows is None else torch.ones((padded_rows, 0), dtype=torch.bool)
+        mask = None if padded_rows is None else torch.ones((padded_rows, 0), dtype=torch.bool, device="cpu")
         self.padding = Padding(self.padding.kept, columns, mask)
         self.history = self.history.extended(columns, None, None)  # ids are not stored
 

@@ -186,8 +186,8 @@ def _constant(function: Function) -> Function:
 def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Cos and sin of pi k / 2n for k <= n / 2, and the orthonormal scale of all n coefficients."""
     with torch.inference_mode(False):  # these outlive the call: inference tensors could not enter a graph later
-        angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi / (2 * n))
-        scale = torch.full((n,), math.sqrt(2 / n), dtype=torch.float64)
+        angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
+        scale = torch.full((n,), math.sqrt(2 / n), dtype=torch.float64, device="cpu")
         scale[0] = math.sqrt(1 / n)
         cos, sin, scale = (t.to(dtype=dtype, device=device) for t in (angle.cos(), angle.sin(), scale))
         return cos, sin, scale

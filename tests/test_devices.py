@@ -404,3 +404,31 @@ def test_a_thread_that_fails_does_not_disturb_another(model, expected):
         list(failing)
     for kind, output in zip([*BATCHES] * 2, outputs, strict=True):
         assert torch.equal(output, expected[kind])
+
+
+@pytest.mark.parametrize("compressor", [freqkv.low_pass_entries, freqkv.keep_attended])
+def test_a_default_device_that_is_not_the_models(compressor, tmp_path):
+    """Every tensor is made where it belongs: on "meta", none would have values."""
+    ids, mask = padded(rows_of([7, 40, 90]))
+    new = tokens(5, 3)
+    wide = torch.cat([mask, torch.ones_like(new)], 1)
+    hidden = torch.cat([wide, torch.ones_like(new)], 1)
+    hidden[1, -8:-5] = 0  # rows that ended early
+    outcomes = []
+    for device in ("cpu", "meta"):
+        model = tiny_llama(attention="eager")
+        with torch.device(device), torch.no_grad():
+            freqkv.patch(model)
+            cache = FreqKVCache(model.config, window=24, compressor=compressor)
+            cache.activate_past_recording()
+            logits = [model(ids, attention_mask=mask, **{CACHE: cache}).logits]
+            logits.append(model(new, attention_mask=wide, **{CACHE: cache}).logits)
+            logits.append(model(new, attention_mask=hidden, **{CACHE: cache}).logits)
+            cache.crop(-2)
+            cache.save(tmp_path / "cache", model)
+            loaded = FreqKVCache.load(tmp_path / "cache", model)
+            logits.append(model(new, **{CACHE: loaded}).logits)
+            with freqkv.patch(model, window=24, compressor=compressor):
+                logits.append(model(ids, attention_mask=mask, use_cache=False).logits)
+        outcomes.append(logits)
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))

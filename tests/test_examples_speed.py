@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import peers
 import pytest
@@ -43,7 +44,6 @@ def test_decode(tmp_path):
     for what in ("full window", "nothing cached", "2N tokens before", "3N tokens before"):
         assert arms(rows, what=what) == {"DynamicCache", "FreqKV"}
     assert {row["entries"] for row in rows if row["what"] == "3N tokens before"} == {"192", "35..64"}
-    assert all(float(row["ms_per_token"]) > 0 for row in rows)
     assert all(0 < float(row["compression_share"]) < 1 for row in rows if row["windows"] and row["arm"] == "FreqKV")
     assert list(tmp_path.glob("*.png"))
 
@@ -81,7 +81,7 @@ def test_memory(tmp_path, in_this_process):
     held = {(row["arm"], row["windows"]): int(row["cache_bytes"]) for row in rows if row["cache_bytes"]}
     token = 2 * 2 * 2 * 8 * 4
     assert held == {("FreqKV", "3"): token * 64, ("DynamicCache", "3"): token * 193}
-    assert all(float(row["peak_mb"]) > 0 for row in rows if row["cache_bytes"])
+    assert all(float(row["peak_mb"]) * 1e6 > int(row["cache_bytes"]) for row in rows if row["cache_bytes"])
 
 
 def test_profile(tmp_path):
@@ -101,8 +101,7 @@ def test_compile(tmp_path):
     rows = rows_of("compile", tmp_path)
     assert {row["graphs_compiled_while_timed"] for row in rows} == {"0"}
     assert len(rows) == 4
-    (told,) = (row["outside_the_graph_us"] for row in rows if row["outside_the_graph_us"])
-    assert float(told) > 0
+    assert sum(row["outside_the_graph_us"] != "" for row in rows) == 1
 
 
 def test_training(tmp_path, in_this_process):
@@ -122,15 +121,17 @@ def hold(args, size):
     return {"peak": speed.peak(args), "held": len(held)}
 
 
-def test_what_is_timed_again_is_the_same_work():
+def test_what_is_timed_again_is_the_same_work(monkeypatch):
+    """By a clock that goes on by one each time it is read: twice for a token, which so takes one."""
+    readings = itertools.count()
+    monkeypatch.setattr(speed, "clock", lambda device: float(next(readings)))
     args = speed.parse_arguments(["decode", *SMALL])
     model = speed.patched_model(args)
     plain = speed.dynamic(args, model, 60)
     ours = speed.FreqKVCache(model.config, window=64)
     model(speed.text(args, 60), **{CACHE: ours})
     times = speed.again_and_again(model, {"plain": plain, "ours": ours}, speed.text(args, 4), 2, "")
-    assert {name: len(seconds) for name, seconds in times.items()} == {"plain": 8, "ours": 8}
-    assert all(second > 0 for seconds in times.values() for second in seconds)
+    assert times == {"plain": [1.0] * 8, "ours": [1.0] * 8}
     assert plain.get_seq_length() == ours.tokens_seen == 60
 
 

@@ -50,8 +50,8 @@ class Calibration:
             return self._verdicts[key]
         with weights_present(self.model, layer.name):
             # Quantized modules may have no parameters.
-            held = next(itertools.chain(module.parameters(), module.buffers(), self.model.parameters()), torch.empty(0))
-            device = execution_device(self.model, layer.name) or held.device
+            held = next(itertools.chain(module.parameters(), module.buffers(), self.model.parameters()), None)
+            device = execution_device(self.model, layer.name) or (torch.device("cpu") if held is None else held.device)
             return self._measure(layer, module, self.model.dtype, device)
 
     def _measure(
@@ -60,7 +60,8 @@ class Calibration:
         slots = replayed_slots(self.text_config, device)
         table = None if layer.rotary is None else layer.rotary.table(int(slots[-1]) + 1, device)
         width = getattr(module, "attention_hidden_size", None) or self.text_config.hidden_size
-        hidden = torch.randn(1, len(slots), width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        generator = torch.Generator("cpu").manual_seed(0)
+        hidden = torch.randn(1, len(slots), width, generator=generator, device="cpu").to(device, dtype)
         recorders = Recorder(), Recorder()
         raw, rotated = (
             _replay(module, layer, recorder, hidden, table, rows, dtype)
@@ -156,11 +157,11 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     """A copy in float32; what is no parameter, such as a rotary table, stays as it is."""
     config = getattr(module, "config", None)
     module = copy.deepcopy(module, {id(config): config})
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for inner in module.modules():
         for name, parameter in list(inner.named_parameters(recurse=False)):
             spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
             offset = 0.0 if parameter.ndim > 1 else 1.0
-            weight = offset + spread * torch.randn(parameter.shape, generator=generator)
+            weight = offset + spread * torch.randn(parameter.shape, generator=generator, device="cpu")
             setattr(inner, name, nn.Parameter(weight, requires_grad=False))
     return module

@@ -90,7 +90,8 @@ def _weight_checksum(model: nn.Module) -> str | None:
         if data.is_meta or type(data) is not Tensor:
             return None
         raw = data.reshape(-1).view(torch.uint8)
-        where = torch.linspace(0, raw.numel() - 1, min(SAMPLES, raw.numel()), dtype=torch.float64).long()
+        where = torch.linspace(0, raw.numel() - 1, min(SAMPLES, raw.numel()), dtype=torch.float64, device="cpu")
+        where = where.long()
         digest.update(name.encode())
         digest.update(raw[where.to(raw.device)].cpu().numpy().data)
     return digest.hexdigest()

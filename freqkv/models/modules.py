@@ -113,5 +113,5 @@ def weights_present(model: nn.Module, name: str) -> Iterator[None]:
             stack.enter_context(zero.GatheredParameters(parts))
         for module, hook in _hooks(model, name):
             hook.pre_forward(module)
-            stack.callback(hook.post_forward, module, torch.empty(0))
+            stack.callback(hook.post_forward, module, torch.empty(0, device="cpu"))
         yield

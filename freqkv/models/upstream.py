@@ -288,9 +288,9 @@ def missing() -> tuple[str, ...]:
     if cache_name(attention) is None:
         lacks.append(f"attention modules take none of {', '.join(CACHE_NAMES)}")
     if not lacks:
-        mask = torch.empty(1, 1, 1, 0)
+        mask = torch.empty(1, 1, 1, 0, device="cpu")
         config = transformers.LlamaConfig(attn_implementation="eager")
-        if causal_mask(config, torch.empty(1, 2, 0), mask, None) is not mask:
+        if causal_mask(config, torch.empty(1, 2, 0, device="cpu"), mask, None) is not mask:
             lacks.append("create_causal_mask does not take a mask of four dimensions as it is")
     return tuple(lacks)
 

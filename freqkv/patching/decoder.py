@@ -19,7 +19,7 @@ from freqkv.forward import Forward, Request, returned, run
 from freqkv.models.adapters import check_whole_call
 from freqkv.models.upstream import CHECKPOINTS_WITH_GRADIENTS_ONLY, Cache, cache_of, renamed, takes_dense_masks
 from freqkv.patching.inputs import check_cache, check_decoder_arguments, is_not_text, request_of, tokens_of, wants
-from freqkv.patching.masks import NO_MASK
+from freqkv.patching.masks import no_mask
 from freqkv.patching.methods import Method
 from freqkv.patching.right_padding import RightPadded
 from freqkv.patching.state import PatchState, Wrapper
@@ -194,7 +194,7 @@ class DecoderForward(ModelForward):
         check_decoder_arguments(kwargs, tokens, forward.request, forward, self.state, inside)
         forward.enter_decoder(tokens, wants(kwargs, self.state.model_config, "output_attentions"))
         if self.state.makes_all_masks and not forward.request.mask_given:
-            kwargs = {**kwargs, "attention_mask": torch.empty(NO_MASK)}
+            kwargs = {**kwargs, "attention_mask": no_mask()}
         try:
             return original(**kwargs)
         finally:
@@ -211,7 +211,7 @@ class DecoderForward(ModelForward):
             kwargs = aligned.apply(kwargs)
         if self.state.makes_all_masks and not request.mask_given:
             # Padding stands behind all tokens, none of which sees it.
-            kwargs = {**kwargs, "attention_mask": None if self.state.fits(tokens) else torch.empty(NO_MASK)}
+            kwargs = {**kwargs, "attention_mask": None if self.state.fits(tokens) else no_mask()}
         try:
             output = original(**kwargs)
             return output if aligned is None else aligned.undo(output)

@@ -10,14 +10,20 @@ from torch import Tensor
 from freqkv.models.upstream import MASK_FUNCTIONS, causal_mask, dense_mask, takes_dense_masks
 from freqkv.parts import Part
 
-__all__ = ["MASKS_KEPT", "Masks", "NO_MASK", "aligns_right"]
+__all__ = ["MASKS_KEPT", "Masks", "aligns_right", "no_mask"]
 
-# In the place of a mask over the whole input: one of four dimensions is taken as it is, so that the decoder builds none.
-# No attention function can use it, which every layer would notice that does not replace it.
-NO_MASK = (1, 1, 1, 0)
 # Masks that are kept within a forward. All layers of a call and all steps of a long prompt ask for the same few; where they
 # differ from part to part, as those of ragged rows do, each layer makes them anew rather than hold them all.
 MASKS_KEPT = 4
+
+
+def no_mask() -> Tensor:
+    """What stands in the place of a mask over the whole input, so that the decoder builds none.
+
+    One of four dimensions is taken as it is. No attention function can use it, which every layer would notice that does not
+    replace it.
+    """
+    return torch.empty((1, 1, 1, 0), device="cpu")
 
 
 def aligns_right(part: Part, attention: str) -> bool:
