@@ -1,7 +1,7 @@
-"""Adapters inside attention modules that are told something about each row or token of a call (PEFT).
+"""Checks for PEFT adapters that get a value for each row or token of a call.
 
-PEFT hands per-call arguments (`adapter_names`, the offsets of activated LoRA, task ids, X-LoRA's scalings) to projections in
-hooks that it sets for the time of a call. They speak of the call as a whole, and do not fit where FreqKV runs an attention
+PEFT passes per-call arguments (`adapter_names`, the offsets of activated LoRA, task ids, X-LoRA's scalings) to projections by
+hooks that it sets during a call. These values have the shape of the whole call. They do not fit when FreqKV runs an attention
 module over a part of the rows or tokens.
 """
 
@@ -15,17 +15,17 @@ from torch import nn
 
 __all__ = ["check_whole_call"]
 
-# Hooks that speak of rows only; all others of PEFT's may speak of tokens.
+# Hooks with one value for each row. All other hooks of PEFT may have one for each token.
 OF_ROWS = ("_adapter_names_pre_forward_hook", "pre_hook")
 
 
 def check_whole_call(module: nn.Module, rows: bool, tokens: bool) -> None:
-    """Raise ValueError if adapters in `module` were told of a call that the module is not run over as a whole.
+    """Raise ValueError if adapters in `module` hold values for a whole call, and the module runs over a part of it.
 
     Parameters
     ----------
     rows, tokens : bool
-        Whether it runs over all rows, and over all tokens in their order.
+        Whether the module runs over all rows, and over all tokens in their order.
     """
     for name, hook in _hooks(module):
         if not (rows and (tokens or name in OF_ROWS)):
@@ -38,7 +38,7 @@ def check_whole_call(module: nn.Module, rows: bool, tokens: bool) -> None:
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The hooks of PEFT that bring something to a module or to one inside it, and the names of their functions."""
+    """The hooks of PEFT on a module and on the modules inside it, each after the name of its function."""
     for inner in module.modules():
         for hook in inner._forward_pre_hooks.values():
             function = hook.func if isinstance(hook, partial) else hook

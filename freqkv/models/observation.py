@@ -1,7 +1,8 @@
-"""What a decoder gives its layers: its own forward is run over a few tokens, with stand-ins in the place of the layers.
+"""Observes which position embeddings a decoder gives to its layers.
 
-Which embeddings an attention layer gets is the decoder's choice: some layers get none and do not rotate, some get those of
-a rotary module of their own. It runs on a copy of the tree of modules: no weight is touched, and nothing is left on the model.
+The decoder chooses the embeddings of each attention layer: some layers get none and do not rotate, others get those of a
+rotary module of their own. To see this, the forward of the decoder is run over a few tokens, with recorders in the place of
+its layers. It runs on a copy of the tree of modules: neither its weights nor the model are changed.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from freqkv.rotary import pristine
 
 __all__ = ["NOT_GIVEN", "embeddings_given"]
 
-# In the place of embeddings that a layer's forward was not called with at all.
+# Stands for embeddings if a layer was called without that argument.
 NOT_GIVEN = object()
 EMBEDDINGS = "position_embeddings"
 
 
-class _SeenAll(Exception):  # noqa: N818 - the wanted outcome, not an error
-    """Ends the decoder's forward once all layers were called."""
+class _AllSeen(Exception):  # noqa: N818 - the expected end, not an error
+    """Ends the forward of the decoder once all layers were called."""
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a layer: notes what it is called with, and returns the hidden states as they came."""
+    """A recorder in the place of a layer: notes its embeddings, and returns the hidden states unchanged."""
 
     def __init__(
         self, layer: nn.Module, place: Any, given: dict[Any, Any], wanted: frozenset[Any], as_tuple: bool
@@ -47,13 +48,13 @@ class _StandIn(nn.Module):
         call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         self.given[self.place] = call.get(EMBEDDINGS, NOT_GIVEN)
         if self.wanted <= self.given.keys():
-            raise _SeenAll
+            raise _AllSeen
         hidden_states = args[0] if args else call["hidden_states"]
         return (hidden_states, None) if self.as_tuple else hidden_states
 
 
 def _copied(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a tree of modules with others in the place of some: the first one may be in use by other threads."""
+    """A copy of a tree of modules with some of them replaced. The original may be in use by other threads."""
     new = shallow_copy(module)
     for name, child in module._modules.items():
         if child is None:
@@ -64,7 +65,7 @@ def _copied(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
         elif is_rotary(child):
             new._modules[name] = pristine(child)
         elif any(inner in replaced for inner in inside) or not any(HOOK in inner.__dict__ for inner in inside):
-            new._modules[name] = _copied(child, replaced)  # else its hook brings its weights
+            new._modules[name] = _copied(child, replaced)  # else it stays: accelerate's hooks inside bring its weights
     return new
 
 
@@ -72,41 +73,41 @@ def _copied(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
 def embeddings_given(
     decoder: nn.Module, names: list[str], slots: Tensor, hidden_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The position embeddings that the decoder gives the layers around some attention modules.
+    """The position embeddings that the decoder gives to the layers around some attention modules.
 
     Parameters
     ----------
     decoder : nn.Module
     names : list of str
-        Of the attention modules in the decoder.
+        The names of the attention modules in the decoder.
     slots : Tensor
-        `(n,)`: the positions of the tokens it is run over.
+        `(n,)`: the positions of the tokens that it is run over.
     hidden_size : int
     dtype : torch.dtype
-        Of the hidden states.
+        The dtype of the hidden states.
 
     Returns
     -------
     dict of str to Any
-        For each name a tensor or a tuple of tensors; None where the layer is given none; NOT_GIVEN where its forward is not
-        called with that argument.
+        For each name a tensor or a tuple of tensors; None if the layer gets None; NOT_GIVEN if it is called without that
+        argument.
 
     Raises
     ------
     Exception
-        Whatever the decoder's forward raises where it does not run like this.
+        Whatever the forward of the decoder raises if it cannot be run like this.
     """
     blocks = {name: _block(decoder, name) for name in names}
     lists = {parent for parent, _ in blocks.values()}
     wanted = frozenset(blocks.values())
     errors: list[Exception] = []
-    forward: Any = own_class(decoder).forward  # type: ignore[attr-defined]  # a model may be looked at that is patched
+    forward: Any = own_class(decoder).forward  # type: ignore[attr-defined]  # the model may be patched
     parameters = inspect.signature(forward).parameters
     inputs = (
         {"inputs_embeds": torch.zeros(1, len(slots), hidden_size, dtype=dtype, device=slots.device)},
         {"input_ids": torch.zeros_like(slots)[None]},
     )
-    # Some take hidden states only together with the ids they came from, some ask a layer for a tuple.
+    # Some decoders need token ids in place of hidden states, and some expect a layer to return a tuple.
     for tokens, as_tuple in itertools.product(inputs, (False, True)):
         given: dict[tuple[nn.Module, str], Any] = {}
         stand_ins: dict[nn.Module, nn.Module] = {
@@ -121,7 +122,7 @@ def embeddings_given(
         try:
             with torch.random.fork_rng(devices):  # dropout of a model in training draws numbers
                 forward(_copied(decoder, stand_ins), **call)
-        except _SeenAll:
+        except _AllSeen:
             return {name: given[block] for name, block in blocks.items()}
         except Exception as error:
             errors.append(error)
@@ -129,7 +130,10 @@ def embeddings_given(
 
 
 def _block(decoder: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The first list of layers on the way from the decoder to a module, and which of them; else the module itself."""
+    """The place of the layer around a module: the first list on the way from the decoder, and the name of the layer in it.
+
+    Without a list: the parent of the module itself, and its name there.
+    """
     parent, parts = decoder, name.split(".")
     for part in parts[:-1]:
         if isinstance(parent, nn.ModuleList):

@@ -1,6 +1,6 @@
-"""Families of models that general rules do not cover: what each needs, or why it is refused.
+"""Rules for families of models that need special handling or are refused.
 
-Everything else about a model is found out from the model itself (`freqkv.models.analysis`). An entry here says why.
+Everything else about a model is found out from the model itself (`freqkv.models.analysis`). Each rule gives its reason.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ __all__ = ["FAMILY_RULES", "FamilyRule", "rule_for", "with_base"]
 
 @dataclass(frozen=True)
 class FamilyRule:
-    """What one family needs.
+    """The special handling of one family.
 
     Attributes
     ----------
     why : str
-        The reason.
+        The reason for the rule.
     refused : bool
-        Whether FreqKV cannot serve it; `why` is then part of the error.
+        Whether FreqKV refuses it; `why` is then part of the error.
     unrotated : bool
-        Whether its attention knows no positions by design, so that keys are low-passed as they are. From outside, a
-        model with ALiBi or learned positions looks the same.
+        Whether its attention has no positions by design, so that keys are compressed without rotation. This cannot be
+        measured: a model with ALiBi or learned positions looks the same.
     key_scale : str or None
-        The norm inside the attention module whose weight multiplies keys after rotation.
+        The name of the norm in the attention module whose weight multiplies keys after rotation.
     cache_class : str or None
-        `module:class` that the model requires its cache to be an instance of.
+        The class, as `module:class`, of which the model requires its cache to be an instance.
     cache_state : str or None
-        The list by layer in which that class keeps its own state, first dimension batch.
+        The attribute in which that class keeps a state of its own: a list by layer of tensors `(batch, ...)`.
     always_masks : bool
-        Whether its attention needs a mask also where others are content with "causal".
+        Whether its attention needs a mask where other families can do with `is_causal`.
     mask_key : str or None
-        The entry for cached attention where the attention module takes several masks in a dict.
+        The key of the mask for cached attention, if the attention module takes several masks in a dict.
     """
 
     why: str
@@ -48,6 +48,7 @@ class FamilyRule:
     mask_key: str | None = None
 
     def load_cache_class(self) -> type | None:
+        """The class named by `cache_class`; None without one."""
         if self.cache_class is None:
             return None
         module, name = self.cache_class.split(":")
@@ -89,7 +90,7 @@ NO_RULE = FamilyRule("general rules hold")
 
 
 def rule_for(text_config: Any) -> FamilyRule:
-    """The rule of a model's family; one that changes nothing for most."""
+    """The rule for a model's family; NO_RULE for most families."""
     return FAMILY_RULES.get(getattr(text_config, "model_type", ""), NO_RULE)
 
 

@@ -1,7 +1,7 @@
-"""What transformers calls things: the one module to change when a release renames something FreqKV leans on.
+"""The names and signatures of transformers that FreqKV depends on. When a release renames one, only this module changes.
 
-Names are listed newest first. `missing()` compares what is installed with what FreqKV needs; `freqkv.patch` and
-`freqkv.supported` ask it first, so that a release that took something away is refused instead of giving wrong numbers.
+Names are listed newest first. `missing()` compares the installed release with what FreqKV needs. `freqkv.patch` and
+`freqkv.supported` call it first, so that a release without something is refused and does not give wrong results.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ __all__ = [
 # The oldest and the newest release that FreqKV is tested with; README says the same.
 TESTED = "5.17", "5.24"
 
-# What models, mask functions and `generate` call their cache argument, and models the cache in their outputs.
+# The names of the cache: as an argument of models, of mask functions and of `generate`, and in the outputs of models.
 CACHE_NAMES = "cache", "past_key_values"
-# Attention modules that are older than these names have one more.
+# Older attention modules use one more name.
 ATTENTION_CACHE_NAMES = *CACHE_NAMES, "layer_past"
 # Methods of a model that `generate` calls before its first forward and before each one.
 PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_INPUTS = "prepare_inputs_for_generation"
-# Where accelerate keeps its hook on a module, and the forward that the hook calls.
+# The attributes in which accelerate keeps its hook on a module, and the forward that the hook calls.
 HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
 RELEASE = Version(transformers.__version__)
 # Whether gradient checkpointing takes the cache away from layers only where gradients are computed.
@@ -69,8 +69,8 @@ CHECKPOINTS_WITH_GRADIENTS_ONLY = Version("5.24") <= RELEASE
 ATTENTION_REGISTRY, EAGER_ATTENTION = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 # What FreqKV appends to the name of an attention implementation that records queries, and where a module keeps who wants them.
 RECORDING, RECORDER = "_freqkv_recording", "_freqkv_recorder"
-# Buffers of rotary modules: frequencies, or a table of all positions, `[sin | cos]`; and the frequencies that a RoPE type
-# started from which changes them with the length of its input.
+# Buffers of rotary modules: the frequencies; or a table of all positions, `[sin | cos]`; and the first frequencies, kept by
+# RoPE types that change them with the length of the input.
 FREQUENCIES = "inv_freq"
 SINUSOIDS = "embed_positions"
 ORIGINAL_FREQUENCIES = "original_inv_freq"
@@ -109,12 +109,12 @@ SEAM = (
     ("models.llama.modeling_llama", "LlamaAttention.forward", ("self", "hidden_states", "position_embeddings")),
     ("models.llama.modeling_llama", "LlamaRotaryEmbedding.forward", ("self", "x", "position_ids")),
 )
-# What a class that derives from transformers' own layer must define.
+# The abstract methods of transformers' cache layers that FreqKV's layers define.
 LAYER_METHODS = frozenset({"lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"})
 
 
 def _find(module: str, name: str) -> Any:
-    """An object of transformers; None where there is none."""
+    """An object of transformers; None if the release does not have it."""
     try:
         found: Any = importlib.import_module(f"transformers.{module}")
         for part in name.split("."):
@@ -125,7 +125,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def _class(module: str, name: str) -> Any:
-    """A class to derive from; one that has nothing where it is missing, which `missing` tells."""
+    """A class to derive from. If the release does not have it, an empty class, and `missing` reports it."""
     return _find(module, name) or type(name, (), {})
 
 
@@ -148,21 +148,21 @@ def _parameters(function: Any) -> list[str]:
 
 
 def cache_name(parameters: Collection[str], names: tuple[str, ...] = CACHE_NAMES) -> str | None:
-    """What a function with these parameters calls its cache; None if it takes none."""
+    """The name of the cache among these parameters of a function; None if it takes no cache."""
     return next((name for name in names if name in parameters), None)
 
 
 CACHE = cache_name(_parameters(_create_causal_mask)) or CACHE_NAMES[0]
-"""What the installed transformers calls the cache: `model(**{CACHE: cache})` works with every release."""
+"""The name of the cache in the installed transformers: `model(**{CACHE: cache})` works with every release."""
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a model, under whichever name it came; None without one.
+    """The cache among the arguments of a model, under any of its names; None without one.
 
     Raises
     ------
     ValueError
-        If two different ones came under two names.
+        If two names are given with different caches.
     """
     given = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
     caches = list(given.values())
@@ -174,7 +174,7 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 def renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """`arguments` with the cache called `name`.
 
-    Releases that renamed it take the former name too, but warn, and some of their models drop it without a word.
+    Releases that renamed it accept the former name with a warning, but some of their models ignore it silently.
     """
     if not any(other in arguments for other in CACHE_NAMES if other != name):
         return arguments
@@ -183,16 +183,16 @@ def renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def causal_mask(config: Any, hidden_states: Tensor, attention_mask: Any, cache: Any, and_mask: Any = None) -> Any:
-    """The mask of full attention, as the attention implementation of `config` takes it.
+    """The mask of full attention, in the form that the attention implementation of `config` takes.
 
     Parameters
     ----------
     hidden_states : Tensor
-        `(batch, tokens, ...)`, of which shape, dtype and device are read.
+        `(batch, tokens, ...)`; only its shape, dtype and device are used.
     attention_mask : Tensor or None
-        `(batch, entries)` bool: which entries are no padding.
+        `(batch, entries)` bool: true for entries that are not padding.
     cache : object
-        Tells the number of entries (`get_mask_sizes`) and of those that stand before the tokens (`get_query_offset`).
+        Gives the number of entries (`get_mask_sizes`) and how many of them come before the tokens (`get_query_offset`).
     and_mask : callable, optional
         `(batch, head, query, entry) -> bool`: a further condition.
     """
@@ -250,19 +250,19 @@ def recording_attention(attention: str) -> str:
 
 
 def frequencies(rotary: nn.Module) -> str | None:
-    """The name of the buffer from which a rotary module computes its embeddings; None if it has none."""
+    """The name of the buffer from which a module computes rotary embeddings; None if it has no such buffer."""
     names = [name for name, _ in rotary.named_buffers(recurse=False, remove_duplicate=False)]
     return next((name for name in names if name.endswith((FREQUENCIES, SINUSOIDS))), None)
 
 
 def is_rotary(module: nn.Module) -> bool:
-    """Whether it computes the embeddings of positions."""
+    """Whether a module computes rotary embeddings of positions."""
     return frequencies(module) is not None and "position_ids" in _parameters(module.forward)
 
 
 @functools.cache
 def missing() -> tuple[str, ...]:
-    """What FreqKV needs of transformers and the installed release has not, in words."""
+    """What FreqKV needs and the installed transformers lacks, one phrase for each; empty if nothing is missing."""
     lacks = []
     if Version(TESTED[0]) > RELEASE:
         lacks.append("it is older than any that was tested")
@@ -296,7 +296,7 @@ def missing() -> tuple[str, ...]:
 
 
 def outdated(lacks: Collection[str]) -> str:
-    """Why nothing can be patched, for an error message."""
+    """The error message for a release that lacks something (see :func:`missing`)."""
     return (
         f"transformers {transformers.__version__} is not what FreqKV was written for: {'; '.join(lacks)}. It is tested with "
         f"transformers {TESTED[0]} to {TESTED[1]}: install one of these, or a newer FreqKV"
