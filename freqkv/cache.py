@@ -137,6 +137,11 @@ class FreqKVCache(TrackedCache):
                 f"static=True needs a model all of whose layers are full attention and nothing else, {model} has others "
                 f"({kinds}). Leave it out"
             )
+        if not self.has_one_schedule:
+            raise ValueError(
+                "static=True: in a compiled token all layers write to the same slot, so that they need the same schedule. Pass "
+                "one schedule for all, or leave static out"
+            )
         if self.wanted_queries:
             raise ValueError(
                 f"static=True: compiled single tokens record no queries, which compressor={compressor_name(self.compressor)} "

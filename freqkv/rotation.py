@@ -144,5 +144,8 @@ def find_rotation(
     # Some modules rotate in float32 whatever the model's dtype. What another rotation, or a norm after it, does to the keys
     # is larger by orders of magnitude.
     if not best <= max(2 * torch.finfo(after.dtype).eps, 1e-5):
-        raise ValueError(f"neither half nor interleaved pairing explains them: off by {best:.1e}")
+        raise ValueError(
+            f"neither half nor interleaved pairing explains them: off by {best:.1e} (a norm behind RoPE needs a rule with "
+            "key_scale, see freqkv/README.md)"
+        )
     return found[best]

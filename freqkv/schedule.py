@@ -49,9 +49,16 @@ class _Timeline:
             while self.walked <= token:
                 held = self.held[-1] + self.walked - self.tokens[-1]
                 folds = self.schedule.folds_before(self.walked)
+                if not isinstance(folds, tuple) or not all(isinstance(fold, Fold) for fold in folds):
+                    raise TypeError(
+                        f"{self.schedule}: folds_before({self.walked}) must return a tuple of Folds, () for none, got {folds!r}"
+                    )
                 for fold in folds:
                     if not (0 <= fold.start < fold.stop <= held and 0 < fold.keep < fold.stop - fold.start):
-                        raise ValueError(f"{self.schedule} folds {fold} before token {self.walked}, of {held} entries")
+                        raise ValueError(
+                            f"{self.schedule} folds {fold} before token {self.walked}, of {held} entries: start and stop must "
+                            "lie among them, keep between 1 and stop - start - 1"
+                        )
                     held -= fold.freed
                 if held >= self.schedule.window:
                     raise ValueError(
@@ -191,8 +198,8 @@ def check_schedule(schedule: Any) -> Schedule:
     """Raise TypeError or ValueError where something is no schedule that can be told in a file."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule is a freqkv.Schedule, or a dict of them by layer index, got {schedule!r}")
-    if not dataclasses.is_dataclass(schedule):
-        raise TypeError(f"{type(schedule).__name__} must be a dataclass, so that files can tell its numbers")
+    if not dataclasses.is_dataclass(schedule) or not type(schedule).__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(f"{type(schedule).__name__} must be a frozen dataclass, so that files can tell its numbers")
     window = getattr(schedule, "window", None)
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
         raise ValueError(f"{schedule!r}: window must be a whole number of at least 2")

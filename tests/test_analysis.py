@@ -35,6 +35,13 @@ from freqkv.forward import Forward
 from freqkv.models.analysis import analyse
 from freqkv.models.upstream import CACHE
 
+# One of each kind; the others are slow tests.
+KINDS = """
+cohere2 deepseek_v3 doge falcon_h1 gemma3_text gemma3n_text gemma4_text gptj hunyuan_v1_dense llama minimax mllama nanochat phi
+qwen3_next zamba2 zaya
+"""
+EVERYDAY = KINDS.split()
+
 
 @functools.cache
 def model_of(family, attention):
@@ -102,7 +109,10 @@ def embeddings_at(layer, positions):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("family", families(reason=False))
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family in EVERYDAY else pytest.mark.slow) for family in families(reason=False)],
+)
 @torch.no_grad()
 def test_family(family, attention):
     model = model_of(family, attention)

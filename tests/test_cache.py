@@ -57,5 +57,6 @@ def test_what_a_cache_tells_of_itself():
     assert cache.dtype == torch.bfloat16
     assert repr(cache) == (
         "FreqKVCache(window=24, sink_tokens=4, retain_ratio=0.5, recent_tokens=3, compressor=low_pass_entries: 2 layers, "
-        f"48 tokens seen, {cache.entries}/24 entries held, {cache.compressions} compressions, {cache.nbytes} bytes of bfloat16 on cpu)"
+        f"48 tokens seen, {cache.entries}/24 entries held, {cache.compressions} compressions, "
+        f"{cache.nbytes} bytes of bfloat16 on cpu)"
     )

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 import freqkv
 from freqkv import FreqKVCache
+from freqkv.models.rules import FAMILY_RULES
 from freqkv.models.upstream import CACHE
 
 SETTINGS = [(19, 3, 0.5, 0), (19, 3, 0.37, 0), (23, 3, 0.5, 5), (23, 3, 0.37, 5)]  # window, sinks, ratio, recents
@@ -193,3 +194,16 @@ def test_logits_are_those_of_the_loop(family, setting):
 def test_ministral():
     """Its queries are scaled by the true count of tokens, as in the plain model; here not at all."""
     compare(models_of("ministral3", llama_4_scaling_beta=0.0), SETTINGS[0], ROUNDED)
+
+
+def test_a_norm_behind_rope_shows_before_it_is_trained(monkeypatch):
+    """Its weights are all ones then, and would only later make the keys of a fold wrong."""
+    monkeypatch.delitem(FAMILY_RULES, "hunyuan_v1_dense")
+    model = zoo.tiny_model("hunyuan_v1_dense")
+    weights = {name: weight for name, weight in model.named_parameters() if "key_layernorm" in name}
+    for weight in weights.values():
+        torch.nn.init.ones_(weight)
+    support = freqkv.supported(model)
+    assert not support
+    assert "a norm behind RoPE needs a rule" in support.reason
+    assert all(bool((weight == 1).all()) for weight in weights.values()), "the model itself is not touched"

@@ -144,6 +144,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     """Two processes with half of the heads each write what one process writes."""
     if not torch.distributed.is_gloo_available():

@@ -140,6 +140,7 @@ def test_a_conversation_over_two_sittings(tmp_path, model):
     assert history.stat().st_size == other.stat().st_size
 
 
+@pytest.mark.slow
 def test_a_history_that_is_none(tmp_path):
     history = tmp_path / "talk.safetensors"
     history.write_text("a diary")

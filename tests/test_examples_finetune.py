@@ -116,6 +116,7 @@ def test_the_model_card_tells_how(run):
     assert freqkv.unpatch(scope["model"]) is None, "it is patched"
 
 
+@pytest.mark.slow
 def test_resume_gives_the_uninterrupted_curve(run, tmp_path):
     folder, trainer = run
     again = finetune.main([*QUICK, "--steps", "8", "--output", str(tmp_path), "--resume", str(folder / "checkpoint-4")])
@@ -173,6 +174,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("trained", ["adapter", "full"])
 def test_two_processes_with_fsdp2_give_the_curve_of_one(run, trained, tmp_path, shipped):
@@ -204,6 +206,7 @@ def test_two_processes_with_fsdp2_give_the_curve_of_one(run, trained, tmp_path, 
     assert token_losses(saved, held.long()).mean().item() == pytest.approx(last["eval_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_sharding_that_would_not_take_place_is_refused(tmp_path):
     done = launch(tmp_path, EXAMPLES / "finetune.py", *QUICK, "--steps", "1", config="fsdp2.yaml")
@@ -264,6 +267,7 @@ def test_rows_of_different_length_are_padded_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning(tmp_path, capsys):
     records = [*RECORDS, {"instruction": "Too long.", "output": "x = 1\n" * 400}]
     (tmp_path / "chat.json").write_text(json.dumps(records))

@@ -109,6 +109,7 @@ def test_training(tmp_path, in_this_process):
     assert len(arms(rows, windows="3")) == 4
 
 
+@pytest.mark.slow
 def test_peaks_are_those_of_a_process_of_its_own():
     args = speed.parse_arguments(["memory", *SMALL])
     hundred = speed.in_a_process(hold, args, 100 * 2**20)

@@ -66,6 +66,7 @@ def test_held_out_modules_are_not_trained_on():
         assert sum(line in trained for line in lines) <= 0.1 * len(lines), name
 
 
+@pytest.mark.slow
 def test_two_hundred_windows(model, tokenizer):
     """A held-out text of 20 windows, ten times over: each tenth of the run reads the same kind of text.
 
@@ -121,6 +122,7 @@ def test_generate_script():
     assert "(2.3 x)" in table["a plain cache would hold"]
 
 
+@pytest.mark.slow
 def test_generate_script_on_a_file_and_in_a_chat(tmp_path, shipped):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("import os\n" * 40)

@@ -92,3 +92,8 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     assert not set(optional.split()) & set(done.stdout.split())
     assert "freqkv" in done.stdout.split()
     assert "freqkv" not in done.stderr
+
+
+def test_public_names_are_sorted_and_there():
+    assert freqkv.__all__ == sorted(freqkv.__all__)
+    assert all(hasattr(freqkv, name) for name in freqkv.__all__)

@@ -75,8 +75,18 @@ def test_a_schedule_that_does_not_hold_its_window_is_refused():
 
     with pytest.raises(ValueError, match=r"leaves no slot for token 8: 8 entries are held, and its window is 8"):
         Late(8).entries(9)
-    with pytest.raises(ValueError, match=r"folds .* before token 8, of 8 entries"):
+    with pytest.raises(ValueError, match=r"folds .* before token 8, of 8 entries: start and stop must lie among them"):
         Wide(8).entries(9)
+
+    @dataclass(frozen=True)
+    class Bare(Schedule):
+        window: int
+
+        def folds_before(self, token):
+            return Fold(0, 4, 2)
+
+    with pytest.raises(TypeError, match=r"folds_before\(1\) must return a tuple of Folds"):
+        Bare(8).entries(9)
 
 
 @given(configs(), st.lists(st.integers(1, 200), min_size=1, max_size=6))

@@ -270,6 +270,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_close({name: weight.grad for name, weight in model.named_parameters()}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [False, True])
 def test_a_compiled_training_step(padding):
     model = patched(attention="sdpa", layers=1)

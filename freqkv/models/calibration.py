@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from freqkv.models.modules import Everywhere, execution_device, parameter_names, unhooked_forward, weights_present
-from freqkv.models.upstream import Cache, LinearAttentionAndFullAttentionLayer
+from freqkv.models.modules import (
+    Everywhere,
+    execution_device,
+    parameter_names,
+    shallow_copy,
+    unhooked_forward,
+    weights_present,
+)
+from freqkv.models.upstream import HOOK, Cache, LinearAttentionAndFullAttentionLayer
 from freqkv.rotary import KeyRotation, SlotTable
 from freqkv.rotation import find_rotation
 
@@ -52,7 +59,7 @@ class Calibration:
             # Quantized modules may have no parameters.
             held = next(itertools.chain(module.parameters(), module.buffers(), self.model.parameters()), None)
             device = execution_device(self.model, layer.name) or (torch.device("cpu") if held is None else held.device)
-            return self._measure(layer, module, self.model.dtype, device)
+            return self._measure(layer, _with_uneven_norms(module), self.model.dtype, device)
 
     def _measure(
         self, layer: Any, module: nn.Module, dtype: torch.dtype, device: torch.device
@@ -151,6 +158,30 @@ def _traits(module: nn.Module) -> Any:
     own = {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "layer_idx"}
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     return tuple(sorted(own.items(), key=lambda item: item[0])), shapes
+
+
+def _with_uneven_norms(module: nn.Module) -> nn.Module:
+    """A module that shares all weights but those vectors that are constant, as norms before training are.
+
+    A norm behind RoPE whose weights are all ones would not show.
+    """
+    new = shallow_copy(module)
+    generator = torch.Generator("cpu").manual_seed(0)
+    for name, child in module.named_children():
+        constant = {
+            key: weight
+            for key, weight in child.named_parameters(recurse=False)
+            if weight.ndim == 1
+            and weight.is_floating_point()
+            and not weight.is_meta
+            and bool((weight == weight[:1]).all())
+        }
+        if constant and not hasattr(child, HOOK):  # else its hook brings its weights
+            uneven = new._modules[name] = shallow_copy(child)
+            for key, weight in constant.items():
+                noise = 0.1 * torch.randn(weight.shape, generator=generator, device="cpu")
+                uneven._parameters[key] = nn.Parameter(weight + noise.to(weight), requires_grad=False)
+    return new
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:

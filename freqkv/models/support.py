@@ -85,7 +85,8 @@ def supported(model_or_config: nn.Module | PreTrainedConfig) -> Support:
             model = _without_weights(model_or_config)
         except (ValueError, ImportError) as error:
             return Support(
-                f"{type(model_or_config).__name__}: transformers cannot build its causal language model ({error})"
+                f"{type(model_or_config).__name__}: transformers cannot build its causal language model "
+                f"({str(error).splitlines()[0][:200]})"
             )
     elif isinstance(model_or_config, nn.Module):
         model = find_model(model_or_config)

@@ -42,7 +42,7 @@ def check_gives_queries(layer: AttentionLayer, compressor: str) -> None:
     elif layer.rotation is not None and layer.rotation.stream != "keys":
         reason = "caches a latent vector, in another space than its queries (multi-head latent attention)"
     elif layer.rule.key_scale is not None:
-        reason = "norms its queries once they are rotated"
+        reason = "multiplies what it rotated by weights (a norm behind RoPE)"
     if reason is not None:
         raise UnsupportedModelError(
             f"compressor {compressor} asks for queries, but {layer.name} {reason}. Use a compressor of keys and values"
