@@ -687,8 +687,19 @@ def test_checkpointing_and_caches(gradients):
         else:
             model(tokens(2 * N), **{CACHE: cache})
             assert cache.tokens_seen == 2 * N
-            answer = model.generate(tokens(5), max_new_tokens=2 * N, do_sample=False)
-            assert torch.equal(answer, model.eval().generate(tokens(5), max_new_tokens=2 * N, do_sample=False))
+
+
+def test_generate_while_training_with_checkpointing():
+    """Where no cache would reach the layers, the whole text is fed at each step, as unpatched; the method is the same."""
+    model, options = tiny_llama(), {"max_new_tokens": 2 * N, "do_sample": False}
+    plain = model.generate(tokens(5), **options)
+    freqkv.patch(model, window=4 * N)
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    assert torch.equal(model.train().generate(tokens(5), **options), plain)
+    freqkv.patch(model, window=N)
+    answer = model.generate(tokens(5), **options)
+    assert torch.equal(answer, model.eval().generate(tokens(5), **options))
+    assert not torch.equal(answer, plain)
 
 
 def test_right_padded_prompts_of_generate_are_refused_by_their_name():

@@ -17,7 +17,7 @@ from freqkv.cache import FreqKVCache
 from freqkv.compiled import CompiledStep, uncompiled
 from freqkv.forward import Forward, Request, returned, run
 from freqkv.models.adapters import check_whole_call
-from freqkv.models.upstream import CHECKPOINTS_WITH_GRADIENTS_ONLY, Cache, cache_of, renamed, takes_dense_masks
+from freqkv.models.upstream import Cache, cache_of, renamed, takes_dense_masks
 from freqkv.patching.inputs import check_cache, check_decoder_arguments, is_not_text, request_of, tokens_of, wants
 from freqkv.patching.masks import no_mask
 from freqkv.patching.methods import Method
@@ -163,7 +163,7 @@ class DecoderForward(ModelForward):
         use_cache = kwargs.get("use_cache") if request is None else request.use_cache
         if use_cache is None:  # training has no use for one
             use_cache = getattr(self.state.model_config, "use_cache", True) and not self.module.training
-        keeps = bool(use_cache) and not self._drops_caches()
+        keeps = bool(use_cache) and not self.state.drops_caches()
         kwargs = {**kwargs, self.cache_name: None, "use_cache": keeps}
         inputs = self._one_input(kwargs)
         if request is None:
@@ -185,7 +185,7 @@ class DecoderForward(ModelForward):
 
     def _in_forward(self, original: Method, kwargs: dict[str, Any], forward: Forward, inside: bool) -> Any:
         """The decoder within the forward of a cache."""
-        if self._drops_caches():
+        if self.state.drops_caches():
             raise RuntimeError(
                 "this FreqKVCache would not reach the attention layers: gradient checkpointing drops caches. For training, "
                 "patch with numbers, freqkv.patch(model, window=...), and pass no cache"
@@ -220,17 +220,11 @@ class DecoderForward(ModelForward):
 
     def _check_other(self, cache: Any) -> None:
         super()._check_other(cache)
-        if self.state.settings is not None and cache is not None and self._drops_caches():
+        if self.state.settings is not None and cache is not None and self.state.drops_caches():
             raise ValueError(
                 f"{self.cache_name} is a {type(cache).__name__}, which gradient checkpointing drops on the way to "
                 "attention layers, so that they could not tell that it was there. Pass no cache in training"
             )
-
-    def _drops_caches(self) -> bool:
-        """Whether gradient checkpointing takes caches away on the way to the layers."""
-        if not self.module.training or (CHECKPOINTS_WITH_GRADIENTS_ONLY and not torch.is_grad_enabled()):
-            return False
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.module.modules())
 
 
 @functools.cache

@@ -40,7 +40,11 @@ class PrepareCache(Wrapper):
             and cache_of(model_kwargs) is None
             and generation_config.use_cache is not False
         ):
-            if generation_config.cache_implementation is not None:
+            if (
+                self.state.drops_caches()
+            ):  # before 5.24, in any training mode: the whole text is fed at each step, as unpatched
+                generation_config.use_cache = model_kwargs["use_cache"] = False
+            elif generation_config.cache_implementation is not None:
                 _warn_implementation(generation_config.cache_implementation)
             else:
                 cache = model_kwargs[CACHE] = self.state.new_cache()

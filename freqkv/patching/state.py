@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from freqkv.compressors import Compressor, compressor_name, queries_wanted
 from freqkv.config import FreqKVConfig, geometry
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.models.layers import Analysis, AttentionLayer
-from freqkv.models.upstream import CACHE, cache_name
+from freqkv.models.upstream import CACHE, CHECKPOINTS_WITH_GRADIENTS_ONLY, cache_name
 from freqkv.patching.masks import Masks
 from freqkv.patching.methods import Replacement
 from freqkv.patching.queries import check_gives_queries
@@ -87,6 +88,13 @@ class PatchState:
     @cached_property
     def _owning(self) -> list[AttentionLayer]:
         return [layer for layer in self.analysis.layers if not layer.reads_shared]
+
+    def drops_caches(self) -> bool:
+        """Whether gradient checkpointing takes caches away on the way to the layers."""
+        decoder = self.analysis.decoder
+        if not decoder.training or (CHECKPOINTS_WITH_GRADIENTS_ONLY and not torch.is_grad_enabled()):
+            return False
+        return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
     def schedules_of(self, settings: Settings) -> list[Schedule]:
         """The schedules of the layers, of some settings."""
