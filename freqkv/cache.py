@@ -127,26 +127,8 @@ class FreqKVCache(TrackedCache):
         self.has_one_schedule = all(each is first or each == first for each in self.layer_schedules)
         self.compiled_step: CompiledStep | None = None
         if static:
-            self._check_static(type(model_config).__name__)
+            _check_static(self, type(model_config).__name__)
             self.compiled_step = CompiledStep(self)
-
-    def _check_static(self, model: str) -> None:
-        if any(type(layer) is not FreqKVLayer for layer in self.layers):
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers if type(layer) is not FreqKVLayer}))
-            raise ValueError(
-                f"static=True needs a model all of whose layers are full attention and nothing else, {model} has others "
-                f"({kinds}). Leave it out"
-            )
-        if not self.has_one_schedule:
-            raise ValueError(
-                "static=True: in a compiled token all layers write to the same slot, so that they need the same schedule. Pass "
-                "one schedule for all, or leave static out"
-            )
-        if self.wanted_queries:
-            raise ValueError(
-                f"static=True: compiled single tokens record no queries, which compressor={compressor_name(self.compressor)} "
-                "asks for. Leave static out"
-            )
 
     @property
     def is_compileable(self) -> bool:
@@ -277,3 +259,23 @@ class FreqKVCache(TrackedCache):
             given += f", schedule={dict(self.schedules)}"
         name = compressor_name(self.compressor)
         return f"FreqKVCache({given}, compressor={name}{', static=True' if self.static else ''}: {about})"
+
+
+def _check_static(cache: FreqKVCache, model: str) -> None:
+    """Raise ValueError where compiled single tokens cannot serve a cache."""
+    if any(type(layer) is not FreqKVLayer for layer in cache.layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not FreqKVLayer}))
+        raise ValueError(
+            f"static=True needs a model all of whose layers are full attention and nothing else, {model} has others "
+            f"({kinds}). Leave it out"
+        )
+    if not cache.has_one_schedule:
+        raise ValueError(
+            "static=True: in a compiled token all layers write to the same slot, so that they need the same schedule. Pass one "
+            "schedule for all, or leave static out"
+        )
+    if cache.wanted_queries:
+        raise ValueError(
+            f"static=True: compiled single tokens record no queries, which compressor={compressor_name(cache.compressor)} "
+            "asks for. Leave static out"
+        )
