@@ -1,4 +1,4 @@
-"""Digests of the token ids that a cache has seen, by which a conversation that goes on is told from another one."""
+"""Digests of the token ids that a cache has seen: they tell a conversation that goes on from another one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class History:
         `(batch, at most kept)` int64, up to each of the last columns before those that are pending; None if there are none, or
         if it is not known what entered (embeddings).
     pending : tuple of (Tensor, Tensor or None)
-        Ids `(batch, tokens)` of the last calls, and what of them is no padding.
+        Ids `(batch, tokens)` of the last calls, and which of them are not padding.
     known : bool
         Whether all that entered were ids.
     """
@@ -44,11 +44,13 @@ class History:
     pending: tuple[tuple[Tensor, Tensor | None], ...] = ()
     known: bool = True
 
-    def extended(self, tokens: int, ids: Tensor | None, real: Tensor | None) -> History:
+    def extended(self, tokens: int, ids: Tensor | None, token_mask: Tensor | None) -> History:
         """With `tokens` more columns, of these ids; None if they came as embeddings."""
         if not self.known or ids is None or ids.shape[1] != tokens:
             return History(self.kept, self.columns + tokens, known=False)
-        longer = replace(self, columns=self.columns + tokens, pending=(*self.pending, (ids.detach().clone(), real)))
+        longer = replace(
+            self, columns=self.columns + tokens, pending=(*self.pending, (ids.detach().clone(), token_mask))
+        )
         return longer._flushed() if len(longer.pending) >= PENDING else longer
 
     def cropped(self, columns: int) -> History:
@@ -96,8 +98,8 @@ class History:
         flushed = self._flushed()
         if flushed.sums is None or flushed.sums.shape[0] != ids.shape[0]:
             return True
-        real = None if mask is None else mask[:, : self.columns].bool()
-        sums = _hashes(ids[:, : self.columns], real, 0).sum(1)
+        token_mask = None if mask is None else mask[:, : self.columns].bool()
+        sums = _hashes(ids[:, : self.columns], token_mask, 0).sum(1)
         return torch.equal(sums, flushed.sums[:, -1].to(sums.device))
 
     def _flushed(self) -> History:
@@ -108,7 +110,7 @@ class History:
         ids = torch.cat([ids for ids, _ in self.pending], dim=1)
         everywhere = torch.ones_like(ids, dtype=torch.bool).split([ids.shape[1] for ids, _ in self.pending], dim=1)
         pairs = zip(self.pending, everywhere, strict=True)
-        masks = [all_real if real is None else real.to(ids.device) for (_, real), all_real in pairs]
+        masks = [whole if token_mask is None else token_mask.to(ids.device) for (_, token_mask), whole in pairs]
         new = _hashes(ids, torch.cat(masks, dim=1), self.columns - count).cumsum(1)
         if self.sums is not None:
             before = self.sums.to(new.device)
@@ -116,11 +118,11 @@ class History:
         return replace(self, sums=new[:, -self.kept :], pending=())
 
 
-def _hashes(ids: Tensor, real: Tensor | None, start: int) -> Tensor:
+def _hashes(ids: Tensor, token_mask: Tensor | None, start: int) -> Tensor:
     """A number for each id at its place, 0 for padding."""
     places = torch.arange(start + 1, start + 1 + ids.shape[1], device=ids.device)
     mixed = ids.long() + 1 + places * FACTORS[0]
     for factor in FACTORS[1:]:
         mixed = (mixed ^ (mixed >> 30)) * factor
     mixed = mixed ^ (mixed >> 31)
-    return mixed if real is None else mixed * real.to(mixed.device)
+    return mixed if token_mask is None else mixed * token_mask.to(mixed.device)

@@ -169,7 +169,7 @@ class Part:
         self.batch = call.batch
         self.everyone = len(rows) == call.batch
         self.even = self.uniform or min(self.counts) == self.width  # no row brings fewer tokens than another
-        self._made: dict[Any, Any] = {}
+        self._memo: dict[Any, Any] = {}
 
     def _groups(self) -> list[tuple[tuple[Fold, ...], tuple[int, ...]]]:
         groups: dict[Any, list[int]] = {}
@@ -194,12 +194,12 @@ class Part:
         token = self.first[place]
         return token - self.schedule.previous_fold(token - 1)
 
-    def made(self, key: Any, make: Callable[[], Made]) -> Made:
+    def memo(self, key: Any, make: Callable[[], Made]) -> Made:
         """What `make` returns, once for each key."""
-        if key not in self._made:
+        if key not in self._memo:
             with torch.inference_mode(False):
-                self._made[key] = make()
-        return self._made[key]  # type: ignore[no-any-return]
+                self._memo[key] = make()
+        return self._memo[key]  # type: ignore[no-any-return]
 
     def selection(self, last: int, device: torch.device) -> Run | Packing | None:
         """Where its tokens are among the last `last` columns of the call; None where it is the call as it is.
@@ -218,7 +218,7 @@ class Part:
             return None if stop - start == last else Run(start, stop)
         if self.everyone and self.even and self.width == last == total:
             return None
-        packing = self.made(("packing", last, device), partial(self._packing, last, device))
+        packing = self.memo(("packing", last, device), partial(self._packing, last, device))
         if packing is None:
             raise LookupError
         return packing
@@ -243,7 +243,7 @@ class Part:
         """The slots of its last `width` tokens where all rows are alike; else `(rows, width)`, 0 where there is none."""
         if self.uniform:
             return slice(self.longest - width, self.longest)
-        return self.made(("slots", device), lambda: self._places(self._entries)[0].clamp(min=0).to(device))
+        return self.memo(("slots", device), lambda: self._places(self._entries)[0].clamp(min=0).to(device))
 
     @property
     def _entries(self) -> Tensor:
@@ -253,7 +253,7 @@ class Part:
         """Where all tokens go: rows of the buffer `(batch * heads * capacity, dim)`, and the rows of the packed states
         `(rows * heads * width, dim)` that go there; None for all of them in their order.
         """
-        return self.made(("writes", heads, capacity, device), lambda: self._writes(heads, capacity, device))
+        return self.memo(("writes", heads, capacity, device), lambda: self._writes(heads, capacity, device))
 
     def _writes(self, heads: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         slots, token_mask = self._places(self._entries)
@@ -272,7 +272,7 @@ class Part:
 
     def rows_on(self, device: torch.device) -> Tensor:
         """The rows that take part, as a tensor."""
-        return self.made(("rows", device), lambda: torch.tensor(self.rows, device=device))
+        return self.memo(("rows", device), lambda: torch.tensor(self.rows, device=device))
 
     def group_rows(self, group: int, device: torch.device) -> Tensor:
         """The rows that are folded as group `group` of `folds`."""
@@ -280,7 +280,7 @@ class Part:
         def make() -> Tensor:
             return torch.tensor([self.rows[place] for place in self.folds[group][1]], device=device)
 
-        return self.made(("group", group, device), make)
+        return self.memo(("group", group, device), make)
 
     def aligned(self, device: torch.device) -> Tensor:
         """`(rows, entries)`: slots in an order that puts the last entry of each row last."""
@@ -289,7 +289,7 @@ class Part:
             slots = torch.arange(self.longest, device=device)
             return (slots - (self.longest - self._entries.to(device))).clamp(min=0)
 
-        return self.made(("aligned", device), make)
+        return self.memo(("aligned", device), make)
 
     def recorded(self, queries: int) -> list[tuple[int, int]] | None:
         """For each row, which of its tokens are among the last `queries` before its next fold, and to which place the first of
@@ -321,4 +321,4 @@ class Part:
             assert taken is not None
             return to, taken
 
-        return self.made(("queries", queries, heads, device), make)
+        return self.memo(("queries", queries, heads, device), make)

@@ -76,7 +76,7 @@ def low_pass(x: Tensor, keep: int, dim: int = -2) -> Tensor:
     keep : int
         Number of entries to keep, 1 <= keep <= n.
     dim : int
-        The dimension to squeeze; the sequence of keys and values by default.
+        The dimension to compress; the sequence of keys and values by default.
 
     Returns
     -------

@@ -204,7 +204,7 @@ class AttentionForward(Wrapper):
                 # Only these make masks that are as large as they look, and a graph keeps what it was given in any case.
                 remade = len(parts) > MASKS_KEPT and takes_dense_masks(attention) and not torch.is_grad_enabled()
                 if not remade:
-                    arguments["attention_mask"] = part.made(("mask", attention, dtype, device), make_mask)
+                    arguments["attention_mask"] = part.memo(("mask", attention, dtype, device), make_mask)
                     make_mask = None
             arguments |= self._positions(kwargs, part, width, rotation.table)
             cache = PartCache(layers, part, rotation, aligns_right(part, attention), forward)

@@ -188,7 +188,7 @@ class DecoderForward(ModelForward):
         if self.state.drops_caches():
             raise RuntimeError(
                 "this FreqKVCache would not reach the attention layers: gradient checkpointing drops caches. For training, "
-                "patch with numbers, freqkv.patch(model, window=...), and pass no cache"
+                "patch with a config, freqkv.patch(model, window=...), and pass no cache"
             )
         tokens = self._one_input(kwargs).shape[1]
         check_decoder_arguments(kwargs, tokens, forward.request, forward, self.state, inside)

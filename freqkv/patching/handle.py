@@ -36,9 +36,10 @@ def patch(
 ) -> Patch:
     """Make this model instance work with :class:`FreqKVCache`.
 
-    Without numbers, only calls that bring a `FreqKVCache` are touched. With numbers, a compressor or a schedule, calls that
-    bring no cache at all run the method too: over the whole input without a cache (`use_cache=False`, differentiable), or with
-    a `FreqKVCache` made for the call. A call that brings another cache is never touched.
+    Without a config, only calls that bring a `FreqKVCache` are touched. With a config, given whole or by its numbers, or with a
+    compressor or a schedule, calls that bring no cache at all run the method too: over the whole input without a cache
+    (`use_cache=False`, differentiable), or with a `FreqKVCache` made for the call. A call that brings another cache is never
+    touched.
 
     Patching again gives the model the numbers of the last call.
 
