@@ -24,7 +24,7 @@ from freqkv.tracked import TrackedCache
 __all__ = ["Forward", "PartCache", "Request", "returned"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """What the outermost model was called with.
 
@@ -237,9 +237,10 @@ def returned(output: Any, stand_in: Any, cache: Any) -> Any:
     if type(output) is tuple:
         return tuple(cache if value is stand_in else value for value in output)
     if isinstance(output, dict):
-        # Not by the former name of a field, for which releases that renamed it warn.
-        for name in [name for name in output if name in CACHE_NAMES and output[name] is stand_in]:
-            output[name] = cache
+        for name in CACHE_NAMES:
+            # As a plain dict: outputs look slowly, and warn of former names.
+            if dict.get(output, name) is stand_in:
+                output[name] = cache
     return output
 
 
@@ -252,4 +253,6 @@ def run(forward: Forward, call: Callable[[Forward], Any]) -> Any:
     except BaseException:
         forward.abort()
         raise
+    finally:
+        forward.memo.clear()  # whose caches of parts know the forward: nothing is left for the garbage collector
     return returned(output, forward, forward.cache)

@@ -48,9 +48,8 @@ class History:
         """With `tokens` more columns, of these ids; None if they came as embeddings."""
         if not self.known or ids is None or ids.shape[1] != tokens:
             return History(self.kept, self.columns + tokens, known=False)
-        longer = replace(
-            self, columns=self.columns + tokens, pending=(*self.pending, (ids.detach().clone(), token_mask))
-        )
+        pending = *self.pending, (ids.detach().clone(), token_mask)
+        longer = History(self.kept, self.columns + tokens, self.sums, pending)
         return longer._flushed() if len(longer.pending) >= PENDING else longer
 
     def cropped(self, columns: int) -> History:

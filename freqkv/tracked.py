@@ -114,14 +114,7 @@ class TrackedCache(Cache):
         return self.tokens_seen if isinstance(layer, FreqKVLayer) else super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
     def begin(self) -> None:
-        """Note that a forward starts.
-
-        Raises
-        ------
-        RuntimeError
-            If an earlier forward broke off after tokens had entered some layer.
-        """
-        self.check_usable()
+        """Note that a forward starts. Call :meth:`check_usable` before."""
         self._began = self._compressed[0].counts
         self._touched = False
 

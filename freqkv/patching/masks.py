@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ __all__ = ["MASKS_KEPT", "Masks", "aligns_right", "no_mask"]
 MASKS_KEPT = 4
 
 
+@functools.cache
 def no_mask() -> Tensor:
     """What stands in the place of a mask over the whole input, so that the decoder builds none.
 
     One of four dimensions is taken as it is. No attention function can use it, which every layer would notice that does not
     replace it.
     """
-    return torch.empty((1, 1, 1, 0), device="cpu")
+    with torch.inference_mode(False):
+        return torch.empty((1, 1, 1, 0), device="cpu")
 
 
 def aligns_right(part: Part, attention: str) -> bool:

@@ -74,7 +74,7 @@ class PatchState:
         self.masks = Masks()
         self.settings: Settings | None = None
 
-    @property
+    @cached_property
     def makes_all_masks(self) -> bool:
         """Whether no layer needs a mask of the decoder."""
         return not self.analysis.others and not any(layer.hybrid for layer in self.analysis.layers)
