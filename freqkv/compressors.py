@@ -32,6 +32,7 @@ __all__ = [
     "low_pass_entries",
     "mean_pool",
     "queries_wanted",
+    "takes_span",
 ]
 
 
@@ -212,16 +213,17 @@ def queries_wanted(compressor: Compressor) -> int:
     return count
 
 
-def compress(compressor: Compressor, span: Span) -> Pair:
-    """What a compressor makes of a span.
+def compress(compressor: Compressor, span: Span, takes: bool | None = None) -> Pair:
+    """What a compressor makes of a span; `takes` is what :func:`takes_span` tells, if it is known already.
 
     Raises
     ------
     TypeError, ValueError
         If it returns something else than a pair of tensors of the shapes that are wanted.
     """
-    takes = takes_span(compressor)
-    made: Any = compressor(span) if takes else compressor(span.keys, span.values, span.keep)  # type: ignore[call-arg,arg-type]
+    call: Any = compressor
+    takes = takes_span(compressor) if takes is None else takes
+    made: Any = call(span) if takes else call(span.keys, span.values, span.keep)
     if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(t, Tensor) for t in made)):
         raise TypeError(
             f"compressor {compressor_name(compressor)} must return (keys, values), it returned {type(made)}"

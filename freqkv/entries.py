@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from freqkv.buffers import Buffers, outside_inference_mode
-from freqkv.compressors import Compressor, queries_wanted
+from freqkv.compressors import Compressor, queries_wanted, takes_span
 from freqkv.models.upstream import CacheLayerMixin
 from freqkv.rollback import Past, check_rewind, rewound
 from freqkv.schedule import Schedule
@@ -80,6 +80,7 @@ class EntriesLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.for_one_call = for_one_call
         self.wanted_queries = queries_wanted(compressor)
+        self.takes_span = takes_span(compressor)
         self.scaling = 1.0
         self.counts: tuple[int, ...] = ()
         self.intact = True

@@ -33,6 +33,7 @@ def fold(
     compressor: Compressor,
     layer_idx: int,
     queries: Queries | None,
+    takes: bool | None = None,
 ) -> tuple[int, tuple[Tensor, Tensor]]:
     """What stands behind some slot once entries are folded.
 
@@ -42,6 +43,8 @@ def fold(
         One after the other.
     keys, values : Tensor
         `(rows, kv_heads, entries, head_dim)`, all entries of rows that are alike, rotated at their slots.
+    takes : bool, optional
+        Whether the compressor takes a Span.
 
     Returns
     -------
@@ -67,7 +70,7 @@ def fold(
                     scaling=queries.scaling,
                     rotate=rotation.rotate_one,
                 )
-            kept = compress(compressor, span)
+            kept = compress(compressor, span, takes)
             raw = (_spliced(raw[0], kept[0], first, last), _spliced(raw[1], kept[1], first, last))
         rotated = rotation.rotate(raw, start)
         return start, (rotated[0].to(keys.dtype), rotated[1].to(values.dtype))
