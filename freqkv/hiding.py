@@ -46,7 +46,8 @@ def hidden_tokens(cache: TrackedCache, mask: Tensor) -> Hidden | None:
     ValueError
         If it hides other tokens than the last ones of a row, shows what was padding, or a layer cannot forget tokens.
     RuntimeError
-        If entries were compressed since, and what was there before was not recorded.
+        If entries were compressed since, and what was there before was not recorded; or if it is not known any more which of
+        the tokens that it hides were padding.
     """
     counts, mask = cache.counts, mask.cpu()
     left = tuple(mask.sum(1).tolist())
@@ -60,6 +61,12 @@ def hidden_tokens(cache: TrackedCache, mask: Tensor) -> Hidden | None:
     # Once a token is hidden, so are all behind it; and what stands before the known columns is as it was.
     ends = all(bool((row[here].diff() >= 0).all()) for row, here in zip(gone.int(), known, strict=True))
     after = tuple(count - n for count, n in zip(counts, gone.sum(1).tolist(), strict=True))
+    if after != left and not cache.padding.knows_all:
+        raise RuntimeError(
+            f"cannot remove the tokens that attention_mask hides: this cache knows which tokens were padding for the last "
+            f"{known.shape[1]} only (one from a file, for those since it was loaded). Let rows end before it is saved, or keep "
+            "a copy (copy.deepcopy(cache)) to return to"
+        )
     if not ends or bool((last & ~known).any()) or after != left:
         raise ValueError(
             f"attention_mask leaves {list(left)} of the tokens before these, the cache holds {list(counts)} in its rows: of "

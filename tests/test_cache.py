@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import zoo
 from models import tiny_llama, tokens
+from strategies import Tiers
 from transformers import DynamicCache
 
 import freqkv
@@ -60,3 +63,88 @@ def test_what_a_cache_tells_of_itself():
         f"48 tokens seen, {cache.entries}/24 entries held, {cache.compressions} compressions, "
         f"{cache.nbytes} bytes of bfloat16 on cpu)"
     )
+
+
+class Life:
+    """A cache of three rows to which anything happens, and what each row has said so far."""
+
+    ROWS, NUMBERS = 3, {"window": 150, "recent_tokens": 7}
+
+    def __init__(self, model, seed, folder, **options):
+        self.model, self.folder, self.options = model, folder, options
+        self.random = random.Random(seed)
+        self.cache = self.new()
+        self.cache.activate_past_recording()
+        self.said = [torch.zeros(0, dtype=torch.long) for _ in range(self.ROWS)]
+        self.mask = torch.zeros(self.ROWS, 0, dtype=torch.long)
+
+    def new(self):
+        numbers = self.NUMBERS if "schedule" not in self.options else {}
+        return FreqKVCache(self.model.config, **numbers, **self.options)
+
+    def feed(self, mask=None, most=160):
+        tokens_in = self.random.choice([n for n in (1, 2, 17, 70, 160) if n <= most])
+        ids = tokens(tokens_in, self.ROWS, seed=self.random.randrange(10**6))
+        new = torch.ones(self.ROWS, tokens_in, dtype=torch.long)
+        if self.random.random() < 0.4 and tokens_in > 1:
+            for row in range(self.ROWS):
+                new[row, : self.random.randrange(tokens_in)] = 0
+        before = self.mask if mask is None else mask
+        mode = self.random.choice([torch.no_grad, torch.inference_mode, torch.enable_grad])
+        with mode():
+            call = {"attention_mask": torch.cat([before, new], 1), CACHE: self.cache}
+            logits = self.model(ids, **call).logits.detach().clone()
+        self.mask = torch.cat([before, new], 1)
+        self.said = [torch.cat([said, own[keep.bool()]]) for said, own, keep in zip(self.said, ids, new, strict=True)]
+        for row, keep in enumerate(new.bool()):
+            with torch.no_grad():
+                alone = self.model(self.said[row][None], **{CACHE: self.new()}).logits[0, -int(keep.sum()) :]
+            assert torch.allclose(logits[row, keep], alone, atol=2e-3), row
+
+    def crop(self):
+        gone = min(self.random.randrange(1, 4), self.mask.shape[1])
+        self.cache.crop(-gone)
+        lost = self.mask[:, self.mask.shape[1] - gone :].sum(1).tolist()
+        self.said = [said[: len(said) - n] for said, n in zip(self.said, lost, strict=True)]
+        self.mask = self.mask[:, : self.mask.shape[1] - gone]
+
+    def reorder(self):
+        places = [self.random.randrange(self.ROWS) for _ in range(self.ROWS)]
+        self.cache.reorder_cache(torch.tensor(places))
+        self.said, self.mask = [self.said[place] for place in places], self.mask[places]
+
+    def end_early(self):
+        row = self.random.randrange(self.ROWS)
+        last = self.mask[row].nonzero()[-2:, 0]
+        hidden = self.mask.clone()
+        hidden[row, last] = 0
+        whole, self.said[row] = self.said[row], self.said[row][: len(self.said[row]) - len(last)]
+        try:
+            self.feed(hidden, most=2)
+        except RuntimeError:
+            self.said[row] = whole
+            raise
+
+    def save(self):
+        self.cache.save(self.folder / "cache", self.model)
+        schedule = self.options.get("schedule")
+        loaded = FreqKVCache.load(self.folder / "cache", self.model, schedule=schedule)
+        assert loaded.counts == self.cache.counts
+        self.cache = loaded
+        self.cache.activate_past_recording()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
+@pytest.mark.parametrize("options", [{}, {"compressor": freqkv.keep_attended}, {"schedule": Tiers(90, 2, 11)}], ids=str)
+def test_random_lives(options, seed, tmp_path):
+    """Whatever happened, each row goes on as alone; what cannot be taken back is refused and changes nothing."""
+    model = tiny_llama()
+    freqkv.patch(model)
+    life = Life(model, seed, tmp_path, **options)
+    life.feed()
+    for _ in range(12):
+        try:
+            life.random.choice([life.feed, life.feed, life.feed, life.crop, life.reorder, life.end_early, life.save])()
+        except RuntimeError as error:
+            if "cannot remove" not in str(error):
+                raise

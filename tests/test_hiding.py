@@ -122,6 +122,23 @@ def test_what_cannot_be_hidden_is_refused_and_changes_nothing(model):
     assert cache.tokens_seen == 6
 
 
+def test_a_cache_from_a_file_knows_no_earlier_padding(model, tmp_path):
+    cache = FreqKVCache(model.config, **NUMBERS)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        model(tokens(12, 2), attention_mask=mask, **{CACHE: cache})
+    cache.save(tmp_path / "cache", model)
+    loaded = FreqKVCache.load(tmp_path / "cache", model)
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], 1)
+    mask[1, 10:12] = 0
+    with pytest.raises(RuntimeError, match="knows which tokens were padding for the last 0 only"):
+        model(tokens(2, 2), attention_mask=mask, **{CACHE: loaded})
+    with torch.no_grad():
+        model(tokens(2, 2), attention_mask=mask, **{CACHE: cache})
+    assert cache.row_tokens == [11, 12]
+
+
 def test_a_rewritten_history_is_still_noticed(model):
     """The digest leaves out what is hidden, and nothing else."""
     first = tokens(7, 2)
