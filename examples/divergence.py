@@ -1,4 +1,4 @@
-"""KL to the full cache, by position: how much of its predictions a bounded cache keeps. The most sensitive figure, and the cheapest.
+"""KL to the full cache, by position: how much of its predictions a bounded cache keeps.
 
 All methods read the same text side by side, which must fit into the model's context, so that the full cache is a truth.
 
@@ -96,8 +96,8 @@ def report(
                 cells.append(f"{found.estimate:.4f} [{found.low:.4f}, {found.high:.4f}], {same:.1%}")
             shown.append([label(each), *cells])
         title = (
-            f"**KL(full cache || method)** in nats per token with its 95 % interval, and how often both find the same token the "
-            f"likeliest, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens"
+            f"**KL(full cache || method)** in nats per token with its 95 % interval, and how often both find the same "
+            f"token the likeliest, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens"
         )
         tables.append((title, ["method", *(bin_name(*each) for each in bins(length))], shown))
     write_markdown(path.with_suffix(".md"), tables)

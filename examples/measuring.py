@@ -1,14 +1,15 @@
 """What the measuring scripts share: arguments, texts, documents, methods, tables and figures.
 
-Each script writes four files of one name into ``--output``/<model>: a CSV file with all rows, a JSON file with settings, text digests,
-versions, hardware and commit, a Markdown table and a PNG figure. A run that was killed goes on where it was, and a finished one
-only draws its table and figure again. ``accelerate launch`` shares the work among processes.
+Each script writes four files of one name into ``--output``/<model>: a CSV file with all rows, a JSON file with settings, text
+digests, versions, hardware and commit, a Markdown table and a PNG figure. A run that was killed goes on where it was, and a
+finished one only draws its table and figure again. ``accelerate launch`` shares the work among processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import lzma
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, methods: Sequence[s
         "--text-files",
         type=Path,
         nargs="+",
-        help=".txt or .txt.xz; by default held-out modules of Python for the shipped model, Python's language reference for others",
+        help=".txt or .txt.xz; by default held-out modules of Python for the shipped model, Python's language reference for "
+        "others",
     )
     group.add_argument("--encoding", default="utf-8", help="of the text files")
     group.add_argument(
@@ -213,7 +215,7 @@ def bins(length: int) -> list[tuple[int, int]]:
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(min(2 * edges[-1], length))
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def bin_name(start: int, stop: int) -> str:

@@ -1,7 +1,7 @@
 """Bits per byte by position, far beyond the window: methods of caching side by side, at equal bytes.
 
-Every method reads the same documents, in pieces of one window. Differences to "sinks + most recent" are paired: of the same blocks of the
-same documents, with 95 % intervals from a bootstrap over documents and blocks.
+Every method reads the same documents, in pieces of one window. Differences to "sinks + most recent" are paired: of the same
+blocks of the same documents, with 95 % intervals from a bootstrap over documents and blocks.
 
     python examples/perplexity.py                                     # the shipped model on modules it was never trained on
     python examples/perplexity.py --model smollm2 --text-files book1.txt book2.txt
@@ -118,8 +118,8 @@ def report(
             shown.append([label(method), *cells, f"{held / 2**20:.1f}"])
         past = f"; the full cache leaves the model's context of {context} tokens" if length * window > context else ""
         title = (
-            f"**Bits per byte**, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens{past}. In brackets: the "
-            f'difference to "{label(BASELINE)}" in %, with its 95 % interval.'
+            f"**Bits per byte**, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens{past}. In "
+            f'brackets: the difference to "{label(BASELINE)}" in %, with its 95 % interval.'
         )
         tables.append((title, ["method", *(bin_name(*each) for each in bins(length)), "cache, MiB"], shown))
     write_markdown(path.with_suffix(".md"), tables)

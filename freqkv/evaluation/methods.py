@@ -90,7 +90,7 @@ def cache_bytes(cache: Cache) -> int:
         if isinstance(value, Tensor):
             if hasattr(value, "__tensor_flatten__"):
                 return sum(inner(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-            return value.numel() * value.element_size()
+            return int(value.numel() * value.element_size())
         if isinstance(value, dict):
             return sum(map(inner, value.values()))
         return sum(map(inner, value)) if isinstance(value, (tuple, list)) else 0
