@@ -21,15 +21,17 @@ from loading import SHIPPED, TUNED, Formatter, load, model_name
 from measuring import (
     REPOSITORY,
     add_measuring_arguments,
+    beside,
     context_length,
     label,
+    legend_above,
     new_figure,
     output,
     prepare,
     progress,
     save_figure,
     settings,
-    style,
+    style_of,
     texts,
     windows,
     write_markdown,
@@ -183,9 +185,16 @@ def report(
                 cells.append(f"{found.estimate:.0%} [{found.low:.0%}, {found.high:.0%}] {len(got)}".replace("%", ""))
             shown.append([label(method), *cells])
             # Side by side, so that no interval hides another.
-            places = [i + (index - (len(methods) - 1) / 2) * 0.08 for i in range(len(lengths))]
+            places = [i + beside(index, len(methods)) for i in range(len(lengths))]
             errors = [[p.estimate - p.low for p in points], [p.high - p.estimate for p in points]]
-            axis.errorbar(places, [p.estimate for p in points], errors, label=label(method), capsize=2, **style(index))
+            axis.errorbar(
+                places,
+                [p.estimate for p in points],
+                errors,
+                label=label(method),
+                capsize=2,
+                **style_of(method, methods),
+            )
         turns = {
             n: max(int(r["turns"]) for r in rows if int(r["window"]) == window and float(r["length"]) == n)
             for n in lengths
@@ -202,7 +211,7 @@ def report(
         axis.set_ylim(-0.03, 1.03)
         axis.set_title(f"N = {window}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    legend_above(figure, axis, 3)
     write_markdown(path.with_suffix(".md"), tables)
     save_figure(figure, path.with_suffix(".png"))
 

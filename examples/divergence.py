@@ -18,19 +18,21 @@ from measuring import (
     REPOSITORY,
     Totals,
     add_measuring_arguments,
+    beside,
     bin_name,
     bins,
     context_length,
     divergence_rows,
     documents,
     label,
+    legend_above,
     new_figure,
     output,
     prepare,
     progress,
     save_figure,
     settings,
-    style,
+    style_of,
     texts,
     write_markdown,
 )
@@ -107,13 +109,14 @@ def report(
         for index, each in enumerate(totals.methods):
             if each != REFERENCE:
                 values = [totals.ratio(each, "kl", "tokens", i, i + 1) for i in range(length)]
-                axis.plot([i + 0.5 for i in range(length)], values, label=label(each), **style(index))
+                places = [i + 0.5 + beside(index, len(totals.methods)) for i in range(length)]
+                axis.plot(places, values, label=label(each), **style_of(each, totals.methods))
         axis.set_title(f"N = {window}, {len(totals.documents)} documents")
         axis.set_xlabel(f"position in the document, windows of {window} tokens")
         axis.set_ylabel("KL to the full cache, nats per token")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    legend_above(figure, axis, 3)
     save_figure(figure, path.with_suffix(".png"))
 
 

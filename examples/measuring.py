@@ -198,6 +198,23 @@ def new_figure(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
     return pyplot.subplots(*(shape or (1, 1)), figsize=size, constrained_layout=True)
 
 
+def style_of(method: str, order: Sequence[str]) -> dict[str, Any]:
+    """The same colour for a method in all figures; methods of the user's own take what is left."""
+    own = [name for name in order if name not in METHODS]
+    return style(METHODS.index(method) if method in METHODS else len(METHODS) + own.index(method))
+
+
+def beside(index: int, count: int, width: float = 0.3) -> float:
+    """How far to shift the points of one line of several, so that none hides another."""
+    return (index - (count - 1) / 2) * width / max(1, count - 1)
+
+
+def legend_above(figure: Any, axis: Any, columns: int) -> None:
+    handles, names = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=8)
+
+
 def style(index: int) -> dict[str, Any]:
     colour, marker = STYLES[index % len(STYLES)]
     return {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}

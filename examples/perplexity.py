@@ -25,11 +25,13 @@ from measuring import (
     Document,
     Totals,
     add_measuring_arguments,
+    beside,
     bin_name,
     bins,
     context_length,
     documents,
     label,
+    legend_above,
     minus,
     new_figure,
     output,
@@ -37,7 +39,7 @@ from measuring import (
     progress,
     save_figure,
     settings,
-    style,
+    style_of,
     texts,
     windows,
     write_markdown,
@@ -141,8 +143,9 @@ def plot(path: Path, rows: list[dict[str, str]], sizes: list[int], length: int, 
         upper, lower = axes[:, column] if len(sizes) > 1 else axes
         for index, method in enumerate(totals.methods):
             values = [totals.ratio(method, "bits", "bytes", i, i + 1) for i in range(length)]
-            places = [i + 0.5 for i in range(length)]
-            upper.plot(places, values, label=label(method), **style(index))
+            places = [i + 0.5 + beside(index, len(totals.methods)) for i in range(length)]
+            look = style_of(method, totals.methods)
+            upper.plot(places, values, label=label(method), **look)
             if BASELINE not in totals.methods:
                 continue
             means, below, above = [], [], []
@@ -156,33 +159,27 @@ def plot(path: Path, rows: list[dict[str, str]], sizes: list[int], length: int, 
                 means.append(found.estimate * scale)
                 below.append(found.low * scale)
                 above.append(found.high * scale)
-            lower.plot(places, means, **style(index))
-            lower.fill_between(places, below, above, color=style(index)["color"], alpha=0.15, linewidth=0)
+            lower.plot(places, means, **look)
+            lower.fill_between(places, below, above, color=look["color"], alpha=0.15, linewidth=0)
         upper.set_title(f"N = {window}, {len(totals.documents)} documents")
         upper.set_ylabel("bits per byte")
         lower.set_ylabel("difference to sinks + most recent, %")
         lower.axhline(0, color="black", linewidth=0.6)
-        bounded = [
-            totals.ratio(m, "bits", "bytes", i, i + 1) for m in totals.methods if m != "full" for i in range(length)
-        ]
-        full = (
-            [totals.ratio("full", "bits", "bytes", i, i + 1) for i in range(length)] if "full" in totals.methods else []
-        )
-        if full and max(full) > 1.2 * max(bounded):  # a model past its context would press all others together
-            upper.set_ylim(min(bounded) * 0.95, max(bounded) * 1.15)
-            upper.annotate(
-                "full cache, past the model's context: above",
-                (0.98, 0.97),
-                xycoords="axes fraction",
-                ha="right",
-                va="top",
-            )
-            lower.set_ylim(-6, 12)
+        if "full" in totals.methods and len(totals.methods) > 1:
+            # A model past its context would press all others together.
+            others = [m for m in totals.methods if m != "full"]
+            highest = max(totals.ratio(m, "bits", "bytes", i, i + 1) for m in others for i in range(length))
+            if max(totals.ratio("full", "bits", "bytes", i, i + 1) for i in range(length)) > 1.01 * highest:
+                upper.set_ylim(top=1.02 * highest)
+                lower.set_ylim(-8, 12)
+                upper.set_title(
+                    f"N = {window}, {len(totals.documents)} documents; the full cache leaves the picture", fontsize=9
+                )
         for axis in (upper, lower):
             axis.set_xlabel(f"position in the document, windows of {window} tokens")
             axis.set_xticks(range(0, length + 1, max(1, length // 8)))
             axis.grid(alpha=0.3)
-    (axes[0, 0] if len(sizes) > 1 else axes[0]).legend(fontsize=7)
+    legend_above(figure, axes.flat[0], 3)
     save_figure(figure, path)
 
 

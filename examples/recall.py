@@ -22,13 +22,14 @@ from measuring import (
     add_measuring_arguments,
     context_length,
     label,
+    legend_above,
     new_figure,
     output,
     prepare,
     progress,
     save_figure,
     settings,
-    style,
+    style_of,
     texts,
     windows,
     write_markdown,
@@ -198,6 +199,7 @@ def bars(
     for axis, window in zip([axes] if len(sizes) == 1 else axes, sizes, strict=True):
         width = 0.8 / len(methods)
         for index, method in enumerate(methods):
+            named = False
             for place, task in enumerate(tasks):
                 got = [
                     float(row["score"]) for row in rows
@@ -208,15 +210,21 @@ def bars(
                 found = wilson_interval(sum(got), len(got))
                 error = [[found.estimate - found.low], [found.high - found.estimate]]
                 x = place + (index - (len(methods) - 1) / 2) * width
-                name = label(method) if place == 0 else None
-                axis.bar(x, found.estimate, width * 0.9, color=style(index)["color"], label=name)
+                axis.bar(
+                    x,
+                    found.estimate,
+                    width * 0.9,
+                    color=style_of(method, methods)["color"],
+                    label=None if named else label(method),
+                )
+                named = True
                 axis.errorbar(x, found.estimate, error, color="black", linewidth=0.8, capsize=1.5)
         axis.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
         axis.set_ylim(0, 1)
         axis.set_ylabel("share of answers")
         axis.set_title(f"texts of 2N and more, N = {window}")
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=7, ncols=2)
+    legend_above(figure, ([axes] if len(sizes) == 1 else axes)[0], 3)
     save_figure(figure, path)
 
 

@@ -160,7 +160,7 @@ def report(path: Path, rows: list[dict[str, str]], tokens: int, name: str) -> No
         axes[3].plot(layers, values, label=kind, **style(index))
     axes[3].axhline(0.9, color="black", linestyle=":", linewidth=0.8, label="white noise")
     axes[3].axhline(0.5, color="black", linestyle="--", linewidth=0.8, label="what FreqKV keeps")
-    axes[3].set_title("frequencies that hold 90 % of all but the mean", fontsize=9)
+    axes[3].set_title("hold 90 % of all but the mean")
     axes[3].set_xlabel("layer")
     axes[3].set_ylabel("share of all frequencies")
     axes[3].set_ylim(0, 1)

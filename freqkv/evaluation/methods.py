@@ -126,7 +126,7 @@ def window_of_equal_bytes(model_config: PreTrainedConfig, window: int, compresso
     text = model_config.get_text_config(decoder=True)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     # An entry is a key and a value of each KV head, a query one vector of each head.
-    fewer = -(-queries * text.num_attention_heads // (2 * kv_heads))
+    fewer = int(-(-queries * text.num_attention_heads // (2 * kv_heads)))
     if fewer >= window:
         raise ValueError(
             f"the {queries} queries of {compressor_name(compressor)} take the bytes of {fewer} entries, window={window} has no "
