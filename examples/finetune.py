@@ -7,6 +7,7 @@ The numbers of the cache are written beside the adapter (freqkv.json), with a mo
     python examples/finetune.py --model NAME_OR_PATH --text books/ --output runs/books --gradient-checkpointing
     python examples/finetune.py --model NAME_OR_PATH --dataset NAME --text-column text
     python examples/finetune.py --model NAME_OR_PATH --recipe sft --text LongAlpaca-12k.json
+    python examples/finetune.py --model smollm2 --text book.txt --window 512 --lora-only --output runs/smollm2
     accelerate launch --config_file examples/configs/fsdp2.yaml examples/finetune.py --model NAME_OR_PATH --text books/
 """
 
@@ -30,12 +31,12 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from corpus import VALIDATION, held_out_documents, training_documents
-from loading import SHIPPED, Formatter
+from loading import SHIPPED, SMOLLM2, Formatter, load_tokenizer, plain_weights, source
+from measuring import read_text
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -51,6 +52,7 @@ from freqkv.evaluation import bits_per_byte, byte_lengths, token_losses
 EXTRA = 'pip install "freqkv[train]"'
 IGNORED = -100  # the label of a token that is not learnt
 STEPS, SFT_EPOCHS = 1000, 5
+COMPRESSORS = ("low_pass_entries", "keep_recent", "mean_pool", "keep_attended")  # names in freqkv
 SHARDS = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate launch
 # Of Stanford Alpaca, for tokenizers without a chat template.
 PROMPT = (
@@ -62,7 +64,10 @@ PROMPT = (
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE")
+    group.add_argument(
+        "--model", default=str(SHIPPED), help="name or path of a causal language model with RoPE; smollm2"
+    )
+    group.add_argument("--gguf-file", help="name of a GGUF file in the folder or repository of --model")
     group.add_argument(
         "--dtype",
         default="auto",
@@ -78,6 +83,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument(
         "--recent-tokens", type=int, default=0, help="last tokens that wait one compression; the paper: 0"
     )
+    group.add_argument(
+        "--compressor", choices=COMPRESSORS, default="low_pass_entries", help="what a span is compressed by"
+    )
+    group.add_argument(
+        "--plain",
+        action="store_true",
+        help="train with full attention, as a rival; it is measured through the cache",
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--recipe", choices=["lm", "sft"], default="lm", help="sft: loss on the answers only")
@@ -85,12 +98,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--text",
         type=Path,
         nargs="+",
-        help="files, and folders with files: text; .json and .jsonl are records with --text-column, or, for sft, with "
+        help="files, and folders with files: text (also .xz); .json and .jsonl are records with --text-column, or, for sft, with "
         "instruction and output (LongAlpaca's format)",
     )
     group.add_argument("--dataset", nargs="+", metavar=("NAME", "CONFIG"), help="of the package datasets, streamed")
     group.add_argument("--split", default="train", help="of --dataset")
     group.add_argument("--text-column", default="text", help="of records, for --recipe lm")
+    group.add_argument("--encoding", default="utf-8", help="of text files")
     group.add_argument("--eval-text", type=Path, nargs="+", help="held-out text; a part of the data by default")
     group.add_argument(
         "--eval-share", type=float, default=0.05, help="of the data that is held out without --eval-text"
@@ -111,6 +125,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--full", action="store_true", help="train all weights instead of LoRA, embeddings and norms")
+    group.add_argument("--lora-only", action="store_true", help="a small adapter: embeddings and norms are not trained")
     group.add_argument("--lora-rank", type=int, default=8)
     group.add_argument("--lora-alpha", type=int, default=16)
     group.add_argument("--lora-dropout", type=float, default=0.0)
@@ -164,8 +179,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            hidden = [part for part in path.rglob("*") if any(name.startswith(".") for name in part.parts)]
-            yield from sorted(part for part in path.rglob("*") if part.is_file() and part not in set(hidden))
+            inside = [part for part in sorted(path.rglob("*")) if part.is_file()]
+            # Hidden is what is hidden inside the folder; where the folder itself stands does not matter.
+            shown = [part for part in inside if not any(name.startswith(".") for name in part.relative_to(path).parts)]
+            if not shown:
+                raise SystemExit(f"no text file in {path}")
+            yield from shown
         elif path.exists():
             yield path
         else:
@@ -187,17 +206,14 @@ def field(record: dict[str, Any], name: str, where: str) -> str:
     return record[name]
 
 
-def read_texts(paths: Iterable[Path], column: str) -> list[str]:
+def read_texts(paths: Iterable[Path], column: str, encoding: str) -> list[str]:
     texts = []
     for path in files(paths):
-        try:
-            if path.suffix in (".json", ".jsonl"):
-                records = read_records(path)
-                texts += [field(record, column, f"record {i} of {path}") for i, record in enumerate(records)]
-            else:
-                texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            print(f"left out, not UTF-8: {path}")
+        if path.suffix in (".json", ".jsonl"):
+            records = read_records(path)
+            texts += [field(record, column, f"record {i} of {path}") for i, record in enumerate(records)]
+        else:
+            texts.append(read_text(path, encoding))
     return texts
 
 
@@ -311,7 +327,7 @@ def language_data(
     training: Iterable[str]
     held: list[str] = []
     if args.eval_text is not None:
-        held = read_texts(args.eval_text, args.text_column)
+        held = read_texts(args.eval_text, args.text_column, args.encoding)
     if args.dataset is not None:
         records = (field(record, args.text_column, "a record of --dataset") for record in dataset_records(args))
         if args.eval_text is None:  # of a stream of unknown length, the beginning
@@ -323,7 +339,7 @@ def language_data(
                     break
         training = records
     elif args.text is not None:
-        training = read_texts(args.text, args.text_column)
+        training = read_texts(args.text, args.text_column, args.encoding)
         if not held:
             training, held = hold_out(training, args.eval_share)
     else:
@@ -402,11 +418,13 @@ def lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=sorted(linear) if args.lora_targets is None else args.lora_targets,
-        modules_to_save=sorted(whole),
+        modules_to_save=None if args.lora_only else sorted(whole),
         # What is one weight in the model stays one: else the trained embeddings would part from the output layer.
-        ensure_weight_tying=bool(getattr(text_config, "tie_word_embeddings", False)),
+        ensure_weight_tying=bool(getattr(text_config, "tie_word_embeddings", False)) and not args.lora_only,
     )
     tuned = get_peft_model(model, config)
+    if args.model == SMOLLM2:  # not the place of its file on this machine
+        tuned.peft_config["default"].base_model_name_or_path = SMOLLM2
     for weight in tuned.parameters():
         if weight.requires_grad:  # steps of 2e-5 are lost in bfloat16
             weight.data = weight.data.float()
@@ -449,8 +467,16 @@ class Measure:
     Every process measures all sequences, so that sharded weights are gathered by all of them alike.
     """
 
-    def __init__(self, tokenizer, ids: Tensor, config: FreqKVConfig, lengths: Sequence[float], quiet: bool) -> None:
-        self.ids, self.config = ids.long(), config
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
+        config: FreqKVConfig,
+        compressor: freqkv.Compressor,
+        lengths: Sequence[float],
+        quiet: bool,
+    ) -> None:
+        self.ids, self.config, self.compressor = ids.long(), config, compressor
         self.edges = [0, *(round(length * config.window) for length in lengths)]
         self.names = [f"{a:g}N_to_{b:g}N" for a, b in itertools.pairwise([0, *lengths])]
         try:
@@ -461,12 +487,11 @@ class Measure:
                 print(f"perplexity is measured, bits per byte are not: {error}")
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        losses = torch.cat(
-            [
-                token_losses(model, row[None], FreqKVCache(model.config, self.config), chunk_size=self.config.window)
-                for row in self.ids
-            ]
-        ).cpu()
+        parts = []
+        for row in self.ids:
+            cache = FreqKVCache(model.config, self.config, compressor=self.compressor)
+            parts.append(token_losses(model, row[None], cache, chunk_size=self.config.window))
+        losses = torch.cat(parts).cpu()
         metrics = {"loss": losses.mean().item()}
         for name, (start, stop) in zip(self.names, itertools.pairwise(self.edges), strict=True):
             metrics[f"perplexity_{name}"] = losses[:, max(start, 1) - 1 : stop - 1].mean().exp().item()
@@ -530,8 +555,17 @@ def load(args: argparse.Namespace, config: FreqKVConfig | None = None) -> nn.Mod
     if args.full and args.dtype not in ("auto", "float32"):
         raise SystemExit(f"--dtype {args.dtype} is for frozen weights; with --full, all weights are trained in float32")
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attn_implementation)
-    freqkv.patch(model, numbers(args, model.config))
+    name, options = source(args)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, attn_implementation=args.attn_implementation, **options
+    )
+    if options:
+        plain_weights(model)
+    config = numbers(args, model.config)
+    if args.plain:
+        freqkv.patch(model)  # only for the cache that it is measured through
+    else:
+        freqkv.patch(model, config, compressor=getattr(freqkv, args.compressor))
     return model if args.full else lora(model, args)
 
 
@@ -557,7 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     training = training_arguments(args)  # before the model: DeepSpeed's third stage shards it as it is loaded
     set_seed(args.seed)
     quiet = not training.should_log
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args)
     model = load(args)
     config = numbers(args, model.config)
     options: dict[str, Any] = {}
@@ -583,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     if SHARDS and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise SystemExit("accelerate shards (FSDP) on several accelerators only: launch on CPUs without this config")
     if args.recipe == "lm":
-        trainer.measure = Measure(tokenizer, held, config, args.eval_lengths, quiet)
+        trainer.measure = Measure(tokenizer, held, config, getattr(freqkv, args.compressor), args.eval_lengths, quiet)
     trainer.train(resume_from_checkpoint={None: None, "last": True}.get(args.resume, args.resume))
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if not evaluated or evaluated[-1]["step"] != trainer.state.global_step:
@@ -615,9 +649,13 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
     data = "Python's standard library" if args.text is None and args.dataset is None else args.dataset or args.text
     data = data if isinstance(data, str) else ", ".join(map(str, data))
     how = "all weights" if args.full else (
-        f"LoRA (r = {args.lora_rank}, alpha = {args.lora_alpha}) on {', '.join(sorted(_targets(trainer.model)))}; "
-        "embeddings and norms as a whole"
+        f"LoRA (r = {args.lora_rank}, alpha = {args.lora_alpha}) on {', '.join(sorted(_targets(trainer.model)))}"
+        f"{'' if args.lora_only else '; embeddings and norms as a whole'}"
     )  # fmt: skip
+    if args.plain:
+        how += "; with full attention over the sequences, not through the cache"
+    elif args.compressor != "low_pass_entries":
+        how += f"; through the cache with `compressor=freqkv.{args.compressor}`"
     base = "model" if args.full else "adapter"
     loading = (
         f'model = AutoModelForCausalLM.from_pretrained("{args.output}")'

@@ -71,6 +71,12 @@ def source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return model, {"gguf_file": file}
 
 
+def adapter_base(args: argparse.Namespace) -> str | None:
+    """The model that the adapter in the folder `--model` was made for, if there is one."""
+    config = Path(str(args.model)) / "adapter_config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else None
+
+
 def model_name(args: argparse.Namespace) -> str:
     """A short name for folders and tables: tiny_lm, smollm2, or the last part of a name or path."""
     return Path(str(args.model)).name
@@ -86,6 +92,9 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(args)
+    adapter = None
+    if (base := adapter_base(args)) == SMOLLM2:  # a name of these scripts, which transformers does not know
+        adapter, args = args.model, argparse.Namespace(**vars(args) | {"model": base})
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and args.device == "cpu" and args.device_map is None:
         dtype = torch.float32
@@ -101,10 +110,19 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise _not_there(args, error) from None
-    if "gguf_file" in options:  # the weights are plain tensors now, which the config would not believe
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer, model.is_quantized = None, False
+    if "gguf_file" in options:
+        plain_weights(model)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return (model if "device_map" in options else model.to(args.device)).eval(), tokenizer
+
+
+def plain_weights(model: PreTrainedModel) -> None:
+    """Of a model that was read from a GGUF file, the weights are plain tensors, which its config would not believe."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
 
 
 def _not_there(args: argparse.Namespace, error: OSError) -> SystemExit:
