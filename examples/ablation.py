@@ -12,7 +12,7 @@ must fit into the model's context.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,12 +45,12 @@ from freqkv.evaluation import Method, Records, paired_bootstrap
 REFERENCE, BASE = "full", "base: S = 4, gamma = 0.5, R = N/8, low-pass"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser, methods=[])
     parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
     parser.add_argument("--documents", type=int, default=2, help="stretches of each text, if it is long enough")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 # What a span is compressed to
@@ -134,8 +134,8 @@ def changes(layers: int) -> dict[str, tuple[str, Method]]:
     return made
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     model, tokenizer = load(args)
     freqkv.patch(model)

@@ -46,7 +46,7 @@ VALUES = ("turns", "distance", "score", "answers", "reply")
 PARAGRAPH = 96  # tokens of text in a turn
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
     group = parser.add_argument_group("conversation")
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--facts", type=int, default=4, help="told in the first turns, all asked for")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--max-new-tokens", type=int, default=32, help="of a reply")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 class Conversations:
@@ -122,8 +122,8 @@ class Conversations:
         return Sample("conversation", tuple(ids), tuple(questions)), len(turns) // (2 if self.has_template else 1)
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     model, tokenizer = load(args)
     freqkv.patch(model)

@@ -43,16 +43,16 @@ from freqkv.evaluation import Records, method, paired_bootstrap
 REFERENCE = "full"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
     parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
     parser.add_argument("--documents", type=int, default=4, help="stretches of each text, if it is long enough")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     args.methods = {REFERENCE: method(REFERENCE)} | args.methods
     model, tokenizer = load(args)

@@ -89,7 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument(
         "--plain",
         action="store_true",
-        help="train with full attention, as a rival; it is measured through the cache",
+        help="train with full attention, as a rival",
     )
 
     group = parser.add_argument_group("data")
@@ -98,8 +98,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--text",
         type=Path,
         nargs="+",
-        help="files, and folders with files: text (also .xz); .json and .jsonl are records with --text-column, or, for sft, with "
-        "instruction and output (LongAlpaca's format)",
+        help="files, and folders with files: text (also .xz); .json and .jsonl are records with --text-column, or, for sft, "
+        "with instruction and output (LongAlpaca's format)",
     )
     group.add_argument("--dataset", nargs="+", metavar=("NAME", "CONFIG"), help="of the package datasets, streamed")
     group.add_argument("--split", default="train", help="of --dataset")
@@ -183,7 +183,7 @@ def files(paths: Iterable[Path]) -> Iterator[Path]:
             # Hidden is what is hidden inside the folder; where the folder itself stands does not matter.
             shown = [part for part in inside if not any(name.startswith(".") for name in part.relative_to(path).parts)]
             if not shown:
-                raise SystemExit(f"no text file in {path}")
+                raise SystemExit(f"there is no file in {path}")
             yield from shown
         elif path.exists():
             yield path
@@ -206,14 +206,22 @@ def field(record: dict[str, Any], name: str, where: str) -> str:
     return record[name]
 
 
-def read_texts(paths: Iterable[Path], column: str, encoding: str) -> list[str]:
+def read_texts(paths: Sequence[Path], column: str, encoding: str = "utf-8") -> list[str]:
+    """Of files that were named, and of those in folders, where files that are no text in this encoding are left out."""
     texts = []
     for path in files(paths):
         if path.suffix in (".json", ".jsonl"):
             records = read_records(path)
             texts += [field(record, column, f"record {i} of {path}") for i, record in enumerate(records)]
-        else:
+        elif path in paths:
             texts.append(read_text(path, encoding))
+        else:
+            try:
+                texts.append(read_text(path, encoding))
+            except SystemExit:
+                print(f"left out, no text in {encoding} (see --encoding): {path}")
+    if not texts:
+        raise SystemExit(f"there is no text in {', '.join(map(str, paths))}")
     return texts
 
 

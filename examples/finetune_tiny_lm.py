@@ -30,8 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from corpus import TEST, VALIDATION, RecallTask, held_out_documents, training_documents
-from evaluate import about_run
-from loading import SHIPPED, TUNED, Formatter
+from loading import SHIPPED, TUNED, Formatter, about_run
 from torch.nn import functional
 from tqdm import tqdm
 from train_tiny_lm import WINDOW, hardware, save_checkpoint, tokenize

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from freqkv import FreqKVConfig
+from freqkv.evaluation import environment
 
 SHIPPED = Path(__file__).parent / "tiny_lm"
 TUNED = Path(__file__).parent / "tiny_lm_tuned"
@@ -123,6 +124,12 @@ def plain_weights(model: PreTrainedModel) -> None:
     """Of a model that was read from a GGUF file, the weights are plain tensors, which its config would not believe."""
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
+
+
+def about_run() -> dict[str, str]:
+    """Versions, and the commit."""
+    told = environment(Path(__file__).parent)
+    return {name: told[name] for name in ("python", "torch", "transformers", "commit")}
 
 
 def _not_there(args: argparse.Namespace, error: OSError) -> SystemExit:

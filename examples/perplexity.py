@@ -49,13 +49,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import freqkv
 from freqkv.evaluation import Method, Records, bits_per_byte, byte_lengths, cache_bytes, paired_bootstrap, token_losses
 
+FEWEST_BLOCKS = 6  # for an interval: a bootstrap over fewer says nothing
 
-def parse_arguments() -> argparse.Namespace:
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
     parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
     parser.add_argument("--documents", type=int, default=4, help="stretches of each text, if it is long enough")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measure(
@@ -81,8 +83,8 @@ def measure(
     ]
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     model, tokenizer = load(args)
     freqkv.patch(model)
@@ -133,6 +135,8 @@ def difference(totals: Totals, method: str, start: int, stop: int) -> str:
     base = totals.ratio(BASELINE, "bits", "bytes", start, stop)
     apart = minus(totals.blocks(method, "bits", start, stop), totals.blocks(BASELINE, "bits", start, stop))
     found = paired_bootstrap(apart, totals.blocks(BASELINE, "bytes", start, stop))
+    if sum(map(len, apart)) < FEWEST_BLOCKS:
+        return f"{found.estimate / base:+.2%}".replace("%", "")
     return f"{found.estimate / base:+.2%} [{found.low / base:+.2%}, {found.high / base:+.2%}]".replace("%", "")
 
 

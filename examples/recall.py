@@ -44,7 +44,7 @@ DEPTHS = 8  # rows of the heat map
 SINGLE = ("single_needle", "several_keys")  # one fact answers a question
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
     group = parser.add_argument_group("questions")
@@ -60,11 +60,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--seed", type=int, default=0, help="of the facts, their places and the stretches of text")
     group.add_argument("--max-new-tokens", type=int, default=32, help="of a reply")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     model, tokenizer = load(args)
     freqkv.patch(model)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ SHARES = (90, 95, 99)
 BINS = 64  # of frequencies, for the figure
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser, methods=[])
     parser.add_argument(
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--documents", type=int, default=2, help="stretches of each text, if it is long enough")
     parser.add_argument("--sink-tokens", type=int, default=4, help="first tokens, left out as FreqKV does")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @torch.no_grad()
@@ -92,8 +92,8 @@ def coefficients(spectrum: Tensor, percent: float) -> int:
     return int((held < percent / 100 - 1e-12).sum()) + 1
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prepare(args)
     model, tokenizer = load(args)
     freqkv.patch(model)

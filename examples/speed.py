@@ -32,8 +32,7 @@ from typing import Any
 
 import scipy.fft
 import torch
-from evaluate import about_run
-from loading import SHIPPED, Formatter
+from loading import SHIPPED, Formatter, about_run
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -298,7 +299,21 @@ def test_texts_of_files_folders_and_records(tmp_path, capsys):
     (tmp_path / "lines.jsonl").write_text('{"body": "three"}\n{"body": "four"}\n')
     texts = finetune.read_texts([tmp_path / "notes", tmp_path / "lines.jsonl"], "body")
     assert texts == ["one", "two", "three", "four"]
-    assert "left out, not UTF-8" in capsys.readouterr().out
+    assert "left out, no text in utf-8 (see --encoding)" in capsys.readouterr().out
+    (tmp_path / "latin.txt").write_bytes("Gr\u00f6\u00dfe".encode("cp1252"))
+    with pytest.raises(SystemExit, match="give its --encoding"):
+        finetune.read_texts([tmp_path / "latin.txt"], "body")
+    assert finetune.read_texts([tmp_path / "latin.txt"], "body", "cp1252") == ["Gr\u00f6\u00dfe"]
+    (tmp_path / "packed.txt.xz").write_bytes(lzma.compress(b"five"))
+    assert finetune.read_texts([tmp_path / "packed.txt.xz"], "body") == ["five"]
+    (tmp_path / ".cache" / "books").mkdir(parents=True)
+    (tmp_path / ".cache" / "books" / "c.txt").write_text("six")
+    assert finetune.read_texts([tmp_path / ".cache" / "books"], "body") == ["six"], (
+        "only what is hidden in the folder is left out"
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"there is no file in .*empty"):
+        finetune.read_texts([tmp_path / "empty"], "body")
     with pytest.raises(SystemExit, match=r"record 0 of .*lines.jsonl has no text in 'text'; it has \['body'\]"):
         finetune.read_texts([tmp_path / "lines.jsonl"], "text")
     with pytest.raises(SystemExit, match="does not exist; the name of a dataset goes to --dataset"):
@@ -405,7 +420,7 @@ def test_evaluation_restores_training_and_streams(shipped, tokenizer):
     model = base(shipped).train()
     freqkv.patch(model, NUMBERS)
     ids = tokenizer("\n".join(f"x_{i} = {i}" for i in range(200)), return_tensors="pt")["input_ids"][:, :256]
-    measure = finetune.Measure(tokenizer, ids, NUMBERS, [1, 2, 4], quiet=True)
+    measure = finetune.Measure(tokenizer, ids, NUMBERS, freqkv.low_pass_entries, [1, 2, 4], quiet=True)
     metrics = measure(model)
     assert model.training
     losses = token_losses(model, ids)[0]
