@@ -106,6 +106,8 @@ class Conversations:
                 *turns,
                 *self.turn(paragraph.strip() if self.has_template else paragraph.strip("\n"), "I have read this part."),
             ]
+            if not self.rendered(longer, False).startswith(self.rendered(turns, False)):
+                raise SystemExit("this chat template rewrites earlier turns, so that a cache cannot go on from them")
             more = self.encode(self.rendered(longer, False))
             if len(more) > length:
                 break

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return (model if "device_map" in options else model.to(args.device)).eval(), tokenizer
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes, each has its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
 
 
 def plain_weights(model: PreTrainedModel) -> None:

@@ -97,8 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for window, method, task, length, first in progress(records.share(units), "recall"):
         numbers = range(first, min(first + args.batch_size, args.samples))
         rows = [dict(zip(KEYS, (window, method.name, task, length, number, 0), strict=True)) for number in numbers]
-        if all(row in records for row in rows):
-            continue
         try:
             samples = [
                 haystack.sample(task, round(length * window), f"{args.seed} {number}", depth=depth(task, number))
@@ -106,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
         except ValueError as error:
             raise SystemExit(f"--lengths {length:g}: {error}") from None
+        asked = (
+            row | {"question": i} for row, each in zip(rows, samples, strict=True) for i in range(len(each.questions))
+        )
+        if all(row in records for row in asked):
+            continue
         for batch in of_one_length(list(zip(rows, samples, strict=True))):
             make = functools.partial(method.make, model.config, window)
             replies = ask(model, tokenizer, [sample for _, sample in batch], make, args.max_new_tokens, window)

@@ -38,6 +38,7 @@ from transformers import DynamicCache, PreTrainedModel
 import freqkv
 from freqkv import FreqKVCache, Span, dct, keep_recent
 from freqkv.evaluation import Records
+from freqkv.layer import FreqKVLayer
 from freqkv.models.upstream import CACHE
 
 KEYS = ("document", "layer", "kind")
@@ -63,10 +64,10 @@ def states(model: PreTrainedModel, ids: Tensor, sinks: int) -> Iterator[tuple[in
 
     Keys before RoPE are what a compressor sees, so that the token behind a full window lets one look at them.
     """
-    spans: dict[int, Span] = {}
+    spans: dict[int, tuple[Tensor, Tensor]] = {}
 
     def look(span: Span) -> tuple[Tensor, Tensor]:
-        spans[span.layer_idx] = span
+        spans[span.layer_idx] = span.keys.clone(), span.values.clone()  # the cache writes over them
         return keep_recent(span.keys, span.values, span.keep)
 
     window = len(ids) - 1
@@ -75,10 +76,10 @@ def states(model: PreTrainedModel, ids: Tensor, sinks: int) -> Iterator[tuple[in
     model(input_ids=ids[None].to(model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     model(input_ids=ids[None, :-1].to(model.device), **{CACHE: plain}, use_cache=True, logits_to_keep=1)
     after = [layer[0] for layer in plain]
-    for layer, span in sorted(spans.items()):
-        yield layer, "keys before RoPE", span.keys
+    for layer, (keys, values) in sorted(spans.items()):
+        yield layer, "keys before RoPE", keys
         yield layer, "keys after RoPE", after[layer][:, :, sinks:]
-        yield layer, "values", span.values
+        yield layer, "values", values
 
 
 def energy(x: Tensor) -> Tensor:
@@ -102,8 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = [f"{name}{share}" for name in ("all_", "changes_") for share in SHARES] + [f"bin{i}" for i in range(BINS)]
     about = settings(args, model, found, length=length, documents=args.documents, sink_tokens=args.sink_tokens)
     records = Records(output(args, "spectrum"), KEYS, columns, about, REPOSITORY)
+    last = max(
+        i for i, layer in enumerate(FreqKVCache(model.config, window=64).layers) if isinstance(layer, FreqKVLayer)
+    )
     for document in progress(records.share(documents(found, tokenizer, length, args.documents)), "spectrum"):
-        if {"document": document.name, "layer": 0, "kind": KINDS[0]} in records:
+        if {"document": document.name, "layer": last, "kind": KINDS[-1]} in records:
             continue
         rows = []
         for layer, kind, x in states(model, document.ids, args.sink_tokens):
@@ -149,7 +153,7 @@ def report(path: Path, rows: list[dict[str, str]], tokens: int, name: str) -> No
         table = torch.tensor([[mean(kind, f"bin{i}", layer) for i in range(BINS)] for layer in layers])
         extent = (0, 1, layers[-1] + 0.5, layers[0] - 0.5)
         drawn = axis.imshow(
-            table.clamp_min(1e-6).log10(), aspect="auto", cmap="cividis", vmin=-4, vmax=0, extent=extent
+            table.clamp_min(1e-6).log10().numpy(), aspect="auto", cmap="cividis", vmin=-4, vmax=0, extent=extent
         )
         axis.set_title(kind)
         axis.set_xlabel("frequency, share of the highest")

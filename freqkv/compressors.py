@@ -43,7 +43,8 @@ class Span:
     Attributes
     ----------
     keys, values : Tensor
-        `(rows, kv_heads, n, head_dim)`, oldest first; keys *before* RoPE. The two head sizes may differ.
+        `(rows, kv_heads, n, head_dim)`, oldest first; keys *before* RoPE. The two head sizes may differ. They may be views
+        of the cache, which it writes over after the fold: copy what is to be kept.
     keep : int
         How many entries are wanted in their place.
     layer_idx : int

@@ -340,7 +340,6 @@ def test_variables_are_followed_through_the_text(facts):
         assert before.endswith(f" The box {question.answers[0]} holds the number {value}.")
 
 
-# BUG: lists whose counts tie raise "too few": 46 % of the seeds at 300 tokens, 14 % at 600, 4 % at 1021
 @pytest.mark.parametrize("length", [300, 600, 1021])
 def test_frequent_words_of_every_seed(length):
     for seed in range(40):
@@ -378,7 +377,6 @@ def test_pairs_fill_the_list(wording):
     assert len(re.findall(FACTS[wording].removeprefix(" "), decoded(sample.ids))) == len(sample.questions) == 5
 
 
-# BUG: PROSE draws room // 8 pairs and cuts the list, so that 8 * 6000 tokens ask for more keys than there are
 @pytest.mark.slow
 def test_a_long_list_of_pairs():
     sample = haystack().sample("key_value_pairs", 65536, 0)
@@ -391,7 +389,6 @@ def test_number_of_keys(facts):
     assert len(facts_of("prose", sample)) == len(sample.questions) == facts
 
 
-# BUG: without a chat template the answer begins right behind the question mark: "...harbour?The access code of ..."
 def test_the_answer_begins_behind_a_space():
     for task in TASKS:
         for question in haystack().sample(task, 2500, 0).questions:
@@ -445,7 +442,6 @@ def test_errors_of_samples():
         haystack().sample("several_keys", 300, 0, facts=30)
 
 
-# BUG: the tokenizer's IndexError comes before the check for an empty text
 def test_an_empty_text():
     with pytest.raises(ValueError, match="text is empty"):
         Haystack(tokenizer(), "")
@@ -661,7 +657,6 @@ def test_a_reply_ends_before_stop_or_at_the_limit():
     assert (first, second) == (Reply("12", (True, False)), Reply("34 56 78", (False, True)))
 
 
-# BUG: text.strip(stop) takes off any of stop's characters, not stop itself: "Keys: 12" loses what it begins with
 def test_a_stop_of_several_characters():
     assert replies_to("post 12 stop 34", ("post", "12", "34"), stop="stop") == [Reply("post 12", (True, True, False))]
 

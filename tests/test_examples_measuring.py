@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,19 +106,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_figures(script, tmp_path, tex
 @pytest.mark.parametrize("script", [perplexity, recall], ids=lambda script: script.__name__)
 def test_two_processes_give_the_figures_of_one(script, tmp_path, text):
     one = run(script, tmp_path / "one", text)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     arguments = [*SMALL[script], "--text-files", str(text), "--output", str(tmp_path / "two"), "--threads", "1"]
-    done = subprocess.run([*launch, script.__file__, *arguments], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run([*launch, script.__file__, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     two = tmp_path / "two" / "tiny_lm" / one.name
     assert read(two) == read(one)

@@ -19,7 +19,9 @@ models models.upstream models.modules models.rules models.adapters models.kinds 
 rotary rotation parts padding history compressors config
 folding buffers rollback entries layer tracked hiding forward compiled
 models.observation models.calibration models.layers models.analysis models.support models.fingerprint
-files session cache evaluation
+files session cache
+evaluation.text evaluation.losses evaluation.intervals evaluation.wordings evaluation.tasks evaluation.asking evaluation.methods
+evaluation.records evaluation
 patching patching.methods patching.masks patching.shared_kv patching.right_padding patching.outputs
 patching.tables patching.queries patching.state patching.inputs patching.attention patching.decoder
 patching.generation patching.handle

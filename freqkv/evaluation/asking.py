@@ -107,8 +107,10 @@ def _ends(model: PreTrainedModel) -> set[int]:
 
 def _reply(tokenizer: PreTrainedTokenizerBase, question: Question, ids: list[int], stop: str) -> Reply:
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    if stop and stop in text.strip(stop):
-        text = text.strip(stop).partition(stop)[0]
+    if stop:
+        while text.startswith(stop):  # what stands before the reply
+            text = text.removeprefix(stop)
+        text = text.partition(stop)[0]
     found = tuple(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None for answer in question.answers)
     return Reply(text.strip(), found)
 

@@ -169,7 +169,8 @@ def _exact(logits: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     pieces = zip(logits.split(SLICE, dim=1), targets.split(SLICE, dim=1), strict=True)
-    return torch.cat([functional.cross_entropy(_exact(x).mT, y, reduction="none").double() for x, y in pieces], dim=1)
+    losses = [functional.cross_entropy(_exact(x).mT, y.long(), reduction="none").double() for x, y in pieces]
+    return torch.cat(losses, dim=1)
 
 
 def _compared(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +178,10 @@ def _compared(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tenso
     losses, kl, same = [], [], []
     for x, r, y in zip(*(t.split(SLICE, dim=1) for t in (logits, reference, targets)), strict=True):
         own, wanted = _exact(x).log_softmax(-1), _exact(r).log_softmax(-1)
-        losses.append(-own.gather(-1, y[..., None])[..., 0].double())
-        kl.append((wanted.exp() * (wanted - own)).sum(-1).clamp_min(0).double())  # below 0 by rounding only
+        losses.append(-own.gather(-1, y[..., None].long())[..., 0].double())
+        # kl_div counts what the reference rules out (a padded vocabulary) as nothing; below 0 is rounding only.
+        each = functional.kl_div(own, wanted, reduction="none", log_target=True)
+        kl.append(each.masked_fill(wanted == -torch.inf, 0.0).sum(-1).clamp_min(0).double())
         same.append(x.argmax(-1) == r.argmax(-1))
     return torch.cat(losses, dim=1), torch.cat(kl, dim=1), torch.cat(same, dim=1)
 

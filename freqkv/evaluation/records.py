@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +107,8 @@ class Records:
         state: PartialState | None = None,
     ) -> None:
         self.path, self.keys, self.columns = path, tuple(keys), (*keys, *values)
-        self._state = PartialState() if state is None else state
+        # Without accelerators, accelerate tells processes from each other only where it is told that they are on CPUs.
+        self._state = PartialState(cpu=not torch.accelerator.is_available()) if state is None else state
         self._about = path.with_suffix(".json")
         self.settings = json.loads(json.dumps(dict(settings)))
         if self._state.is_main_process:
@@ -121,7 +124,7 @@ class Records:
             about = json.loads(self._about.read_text(encoding="utf-8"))
             if about["settings"] != self.settings:
                 names = sorted({*about["settings"], *self.settings})
-                other = [n for n in names if about["settings"].get(n) != self.settings.get(n)]
+                other = [n for n in names if about["settings"].get(n, ...) != self.settings.get(n, ...)]
                 raise ValueError(
                     f"{self.path} was made with other settings ({', '.join(other)}): take them again, or write to another "
                     "folder, or delete the file and the JSON file beside it"
@@ -138,26 +141,26 @@ class Records:
         _replace(self._about, json.dumps(about, indent=1) + "\n")
 
     def _part(self, process: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}.{process}.part")
+        return self.path.with_name(f"{self.path.name}.{process}.part")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}.*.part"))
+        own = re.compile(re.escape(self.path.name) + r"\.\d+\.part")
+        return sorted(file for file in self.path.parent.iterdir() if own.fullmatch(file.name))
 
     def _read(self, path: Path) -> list[dict[str, str]]:
         if not path.exists():
             return []
-        text = path.read_text(encoding="utf-8")
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-            if (
-                path == self.path
-                and text
-                and tuple(rows[0] if rows else text.splitlines()[0].split(",")) != self.columns
-            ):
-                raise ValueError(f"{path} has other columns than {', '.join(self.columns)}: write to another folder")
-        if rows and not text.endswith("\n"):
-            rows.pop()  # cut while it was written
-        return [row for row in rows if None not in row and None not in row.values()]
+        data = path.read_bytes()
+        text = data[: _end_of_rows(data)].decode()  # a run that was killed may leave a row that is cut
+        limit = csv.field_size_limit(len(text) + 1)
+        try:
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows = list(reader)
+        finally:
+            csv.field_size_limit(limit)
+        if text and tuple(reader.fieldnames or ()) != self.columns:
+            raise ValueError(f"{path} has other columns than {', '.join(self.columns)}: write to another folder")
+        return rows
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         unique = {self._key(row): row for row in rows}
@@ -222,6 +225,15 @@ class Records:
         rows = self._read(self.path)
         self._rows = {self._key(row): row for row in rows}
         return rows
+
+
+def _end_of_rows(data: bytes) -> int:
+    """Where the last whole row of a CSV file ends: behind a line break that is not inside quotes."""
+    outside = 0
+    for line in re.finditer(rb"[^\n]*\n", data):
+        if data.count(b'"', outside, line.end()) % 2 == 0:
+            outside = line.end()
+    return outside
 
 
 def _sortable(text: str) -> tuple[int, float, str]:

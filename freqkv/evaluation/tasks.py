@@ -32,6 +32,7 @@ TASKS = (
 )
 """The names that :meth:`Haystack.sample` takes."""
 
+DRAWS = 100  # of a list of words, until it has no ties
 _MARK = "\u2402text\u2403"  # stands for the text while a chat template is rendered
 
 
@@ -115,9 +116,9 @@ class Haystack:
         self._tokenizer, self._wording = tokenizer, wording
         self.tasks = tuple(task for task in TASKS if task in wording.tasks)
         pieces = [piece for piece in re.split(wording.boundary, text) if piece]
-        self._pieces: list[list[int]] = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        if not self._pieces:
+        if not pieces:
             raise ValueError("text is empty")
+        self._pieces: list[list[int]] = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
         self._head, self._tail = self._turn() if chat else ("", "")
         self._start = [] if chat else _start_ids(tokenizer)
 
@@ -149,7 +150,8 @@ class Haystack:
             Where the needle of ``single_needle`` stands, from 0 to 1; drawn by default.
         facts : int, optional
             How many keys, values or variables; by default 8 keys (``several_keys``), 4 values, 4 keys of which 2 are asked for
-            (``several_queries``), chains of 4 variables, and as many pairs or words as the length holds.
+            (``several_queries``), chains of 4 variables, and as many pairs or words as the length
+            holds (of pairs, as many as there are keys).
 
         Returns
         -------
@@ -176,7 +178,8 @@ class Haystack:
         ids = (*start, *body)
         questions = []
         for each in asked:
-            after = self._encode(words.before_question + each.question + self._tail + each.beginning)
+            between = self._tail or (" " if each.beginning else "")
+            after = self._encode(words.before_question + each.question + between + each.beginning)
             end = 0 if each.end is None else each.end
             questions.append(Question(tuple(after), each.answers, end / max(1, len(body)), len(body) - end))
         return Sample(task, ids, tuple(questions))
@@ -239,19 +242,22 @@ class Haystack:
     def _frequent_words(self, rng: random.Random, room: int, facts: int | None) -> tuple[list[int], list[_Asked]]:
         words, wanted = self._wording, 3 if facts is None else facts
         vocabulary = words.names(rng, 30 + wanted)
-        # Those that are asked for come four times as often as each of the others.
+        # Those that are asked for come four times as often as each of the others. Lists that end in a tie are drawn again.
         weights = [4.0 if i < wanted else 1.0 for i in range(len(vocabulary))]
-        drawn = rng.choices(vocabulary, weights, k=room)
-        body, ends = self._listed([words.item.format(name=name) for name in drawn], room)
-        counts = Counter(drawn[: len(ends)]).most_common(wanted + 1)
-        if len(counts) <= wanted or counts[wanted - 1][1] == counts[wanted][1]:
+        for _ in range(DRAWS):
+            drawn = rng.choices(vocabulary, weights, k=room)
+            body, ends = self._listed([words.item.format(name=name) for name in drawn], room)
+            counts = Counter(drawn[: len(ends)]).most_common(wanted + 1)
+            if len(counts) > wanted and counts[wanted - 1][1] > counts[wanted][1]:
+                break
+        else:
             raise ValueError(f"{room} tokens are too few to tell which {wanted} words are the most frequent")
         answers = tuple(name for name, _ in counts[:wanted])
         return body, [_Asked(None, words.question_frequent.format(count=wanted), words.answer_frequent, answers)]
 
     def _key_value_pairs(self, rng: random.Random, room: int, facts: int | None) -> tuple[list[int], list[_Asked]]:
         words = self._wording
-        pairs = words.pairs(rng, max(1, room // 8) if facts is None else facts)
+        pairs = words.pairs(rng, min(max(1, room // 8), words.most_pairs) if facts is None else facts)
         body, ends = self._listed([words.pair.format(key=key, value=value) for key, value in pairs], room)
         if not ends or (facts is not None and len(ends) < facts):
             raise ValueError(f"{room} tokens have no room for {facts or 1} pairs")

@@ -35,6 +35,8 @@ def byte_lengths(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> LongT
     """
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape (T,) or (batch, T), got {tuple(input_ids.shape)}")
+    if not input_ids.numel():
+        return torch.zeros_like(input_ids, dtype=torch.int64)  # type: ignore[return-value]
     rows = [_row_byte_lengths(tokenizer, row.tolist()) for row in input_ids.reshape(-1, input_ids.shape[-1])]
     lengths = torch.tensor(rows, dtype=torch.int64, device=input_ids.device).reshape(input_ids.shape)
     return lengths  # type: ignore[return-value]

@@ -76,6 +76,8 @@ class Wording:
         A regular expression: where a text may be cut to put a fact in.
     pairs : callable
         ``(rng, count)``: keys and values, keys all different.
+    most_pairs : int
+        How many different keys there are.
     names : callable
         ``(rng, count)``: single words, all different.
     fact, question, answer : str
@@ -96,6 +98,7 @@ class Wording:
     fact: str
     question: str
     answer: str
+    most_pairs: int
     names: Callable[[random.Random, int], list[str]] = _made_up
     before_question: str = ""
     instruction: str = ""
@@ -123,6 +126,7 @@ PROSE = Wording(
     ),
     boundary="(?<=[.!?])(?=\\s)|(?<=[.!?][\"'\u201d\u2019])(?=\\s)",
     pairs=_places,
+    most_pairs=len(_ADJECTIVES) * len(_NOUNS),
     fact=" The access code of the {key} is {value}.",
     question="What is the access code of the {key}?",
     answer="The access code of the {key} is",
@@ -149,6 +153,7 @@ CODE = Wording(
     tasks=frozenset(("single_needle", "several_keys", "key_value_pairs")),
     boundary=r"(?=\n(?!\n))",
     pairs=_registers,
+    most_pairs=26 * 26 * 100,
     fact="\n# register {key} holds {value}",
     question="\n# register {key} holds",
     answer="",
