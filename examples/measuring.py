@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import itertools
 import lzma
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,18 @@ def write_markdown(path: Path, tables: Sequence[tuple[str, Sequence[str], Sequen
     print(f"\n{text}")
 
 
+def updated(text: str, folder: Path) -> str:
+    """A README with the tables of the folders beside it: between ``<!-- FOLDER/FILE.md NUMBER -->`` and ``<!-- end -->``."""
+
+    def table(found: re.Match[str]) -> str:
+        parts = (folder / found["file"]).read_text(encoding="utf-8").strip().split("\n\n")
+        return f"{found['begin']}\n{parts[2 * int(found['number']) + 1]}\n<!-- end -->"
+
+    return re.sub(
+        r"(?P<begin><!-- (?P<file>\S+\.md) (?P<number>\d+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL
+    )
+
+
 def new_figure(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
     import matplotlib
 
@@ -294,3 +307,13 @@ def _sum(table: Sequence[Sequence[float]]) -> float:
 
 def minus(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(first, second, strict=True)]
+
+
+def main() -> None:
+    """Put the tables into results/README.md, after scripts ran with ``--output examples/results``."""
+    readme = REPOSITORY / "results" / "README.md"
+    readme.write_text(updated(readme.read_text(encoding="utf-8"), readme.parent), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -69,10 +69,14 @@ class CompiledStep(Cache):
         cache.begin()
         part = self._part(cache)
         how = rotations() if part.folds else []
-        for index, layer in enumerate(cache.layers):  # a static cache has no others than compressed ones
-            if part.folds:
-                layer.fold_now(part, how[index])
-            layer.intact = False
+        try:
+            for index, layer in enumerate(cache.layers):  # a static cache has no others than compressed ones
+                if part.folds:
+                    layer.fold_now(part, how[index])
+                layer.intact = False
+        except BaseException:  # of a compressor, for instance
+            cache.abort()
+            raise
         self.tables = tables
         device = cache.layers[0].device
         if self.slot.device != device or self.slot.is_inference():  # as copies are that were made in that mode

@@ -73,6 +73,7 @@ class Forward(Cache):
         self.weights_asked = False
         self._parts: dict[int, list[Part]] = {}
         self._extra_state: list[Any] | None = None
+        self._undo: Callable[[], None] | None = None
         if cache is not None and cache.extra_state is not None:
             self._extra_state = list(cache.extra_state)
             setattr(self, str(cache.extra_state_name), cache.extra_state)
@@ -81,7 +82,7 @@ class Forward(Cache):
         """Start; see :meth:`TrackedCache.begin`."""
         if self.cache is not None:
             if self.request.hidden is not None:
-                hide(self.cache, self.request.hidden)
+                self._undo = hide(self.cache, self.request.hidden)
             self.cache.begin()
 
     def enter_decoder(self, tokens: int, weights_asked: bool) -> None:
@@ -108,6 +109,8 @@ class Forward(Cache):
             if len(before) != len(state) or any(a is not b for a, b in zip(before, state, strict=True)):
                 self.cache.touch()
             self.cache.abort()
+            if self._undo is not None and not self.cache.is_spent:
+                self._undo()
 
     def parts(self, schedule: Schedule) -> list[Part]:
         """What the call is cut into for layers of this schedule, each part made once."""

@@ -6,6 +6,7 @@ go back by themselves to where they ended.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,9 @@ def hidden_tokens(cache: TrackedCache, mask: Tensor) -> Hidden | None:
     """
     counts, mask = cache.counts, mask.cpu()
     left = tuple(mask.sum(1).tolist())
-    if left == counts:
-        return None
     known = cache.padding.token_mask
+    if left == counts and (known is None or torch.equal(mask[:, mask.shape[1] - known.shape[1] :], known.cpu())):
+        return None
     if known is None:
         known = torch.ones(len(counts), cache.tokens_seen, dtype=torch.bool, device="cpu")
     last = mask[:, mask.shape[1] - known.shape[1] :]
@@ -81,6 +82,22 @@ def hidden_tokens(cache: TrackedCache, mask: Tensor) -> Hidden | None:
     return Hidden(gone, after)
 
 
-def hide(cache: TrackedCache, hidden: Hidden) -> None:
-    """Let the rows of a cache go back, as :func:`hidden_tokens` found that they can."""
+def hide(cache: TrackedCache, hidden: Hidden) -> Callable[[], None]:
+    """Let the rows of a cache go back, as :func:`hidden_tokens` found that they can.
+
+    Returns
+    -------
+    callable
+        Brings them back, as long as no token has entered since: going back replaces tensors, and does not write to them.
+    """
+    layers = [cache.layers[index] for index in cache.compressed_layers]
+    before = [(layer.counts, layer.past, dict(layer.buffers.tensors)) for layer in layers]
+    padding, history = cache.padding, cache.history
+
+    def undo() -> None:
+        for layer, (counts, past, tensors) in zip(layers, before, strict=True):
+            layer.counts, layer.past, layer.buffers.tensors = counts, past, tensors
+        cache.padding, cache.history = padding, history
+
     cache.rewind(hidden.counts, hidden.columns)
+    return undo

@@ -73,8 +73,6 @@ class FreqKVLayer(EntriesLayer):
             self.buffers.make_room(key_states, value_states, part.batch, self.entries, part.longest)
             self.lazy_initialization(key_states, value_states)
         keys, values = tensors["keys"], tensors["values"]
-        if part.folds:
-            self._record(part)
         if grad:  # the graph needs the entries as they are
             keys, values = keys.clone(), values.clone()
         if part.folds:
@@ -111,8 +109,8 @@ class FreqKVLayer(EntriesLayer):
             entries = self.entries
             keys, values = (self.buffers.tensors[name][:, :, :entries] for name in ("keys", "values"))
             if part.folds:
-                self._record(part)
                 start, tail = self._folded(part, 0, keys, values, rotation, None)
+                self._record(part)
                 keys, values = keys[:, :, :start], values[:, :, :start]
                 keys, values = (
                     torch.cat([keys, tail[0], key_states], dim=2),
@@ -131,6 +129,8 @@ class FreqKVLayer(EntriesLayer):
             entries = self.schedule.entries(part.first[places[0]])
             held = [buffer[:, :, :entries] if rows is None else buffer[rows, :, :entries] for buffer in (keys, values)]
             start, tail = self._folded(part, group, held[0], held[1], rotation, rows)
+            if group == 0:  # nothing is written yet, and the compressor has not failed
+                self._record(part)
             self.intact = False
             for buffer, after in zip((keys, values), tail, strict=True):
                 buffer[slice(None) if rows is None else rows, :, start : start + after.shape[2]] = after
@@ -150,7 +150,6 @@ class FreqKVLayer(EntriesLayer):
 
     def fold_now(self, part: Part, rotation: SlotRotation) -> None:
         """Fold before the tokens of a part enter; until they are in, the layer is not intact."""
-        self._record(part)
         self._fold(self.buffers.tensors["keys"], self.buffers.tensors["values"], part, rotation)
 
     def record_queries(self, query_states: Tensor, scaling: float, part: Part, rotation: SlotRotation) -> None:

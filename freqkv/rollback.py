@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional
 
 from freqkv.buffers import Buffers, outside_inference_mode
 from freqkv.parts import Part
@@ -95,7 +96,10 @@ def rewound(
                 if every:
                     buffers.tensors[name] = kept
                 else:
-                    tensor = buffers.tensors[name].clone()
+                    tensor = buffers.tensors[name]
+                    # Tensors of a graph have as many slots as are in use, which may be fewer than there were.
+                    missing = max(0, kept.shape[2] - tensor.shape[2])
+                    tensor = functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor.clone()
                     tensor[over, :, : kept.shape[2]] = kept[over]
                     buffers.tensors[name] = tensor
         left = tuple(None if row in over else count for row, count in enumerate(past.counts))

@@ -191,6 +191,8 @@ class TrackedCache(Cache):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.extra_state_name is not None and tokens_to_remove:
             raise RuntimeError("this model's linear attention keeps no past: its cache cannot be cropped")
+        if -tokens_to_remove > self.tokens_seen:
+            raise ValueError(f"cannot remove {-tokens_to_remove} of {self.tokens_seen} tokens")
         counts = self.counts
         after = self.padding.before(counts, -tokens_to_remove)
         self.check_rewind(after)

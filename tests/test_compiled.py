@@ -239,3 +239,26 @@ def test_caches_made_in_inference_mode():
     for cache in (made, copied):
         got, _ = generate(model, tokens(9), static=True, cache=cache)
         assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_a_fold_that_fails_leaves_a_static_cache_as_it_was(tmp_path):
+    fails = [False]
+
+    def compressor(keys, values, keep):
+        if fails[0]:
+            raise OSError("on purpose")
+        return freqkv.keep_recent(keys, values, keep)
+
+    model, ids = patched(), tokens(N + 3)
+    caches = [FreqKVCache(model.config, CONFIG, compressor=compressor, static=True) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :N], **{CACHE: cache})
+        fails[0] = True
+        with pytest.raises(OSError, match="on purpose"):
+            model(ids[:, N : N + 1], **{CACHE: caches[0]})
+        fails[0] = False
+        assert not caches[0].is_spent
+        caches[0].save(tmp_path / "cache.safetensors")
+        logits = [model(ids[:, N : N + 1], **{CACHE: cache}).logits for cache in caches]
+    assert torch.equal(*logits)

@@ -313,3 +313,14 @@ def test_smollm2_reads_and_answers(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_the_results_show_the_tables_of_their_files():
+    readme = EXAMPLES / "results" / "README.md"
+    text = readme.read_text()
+    assert measuring.updated(text, readme.parent) == text, "run python examples/measuring.py"
+    assert text.count("<!-- end -->") >= 10
+    assert (
+        measuring.updated(text.replace("| sinks + most recent | 1.", "| sinks + most recent | 2."), readme.parent)
+        == text
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -224,19 +223,3 @@ def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
     torch.testing.assert_close(halves["model"], whole["model"], rtol=0, atol=0)
     AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "model")
     assert "bits per byte" in (tmp_path / "halves" / "model" / "README.md").read_text()
-
-
-def test_the_results_show_the_measured_tables():
-    results = (EXAMPLES / "results" / "README.md").read_text()
-    tables = {
-        "bits_per_byte": lambda row: f"{float(row['bits_per_byte']):.3f}" if row["bin"] == "summary" else None,
-        "recall": lambda row: f"{float(row['accuracy']):.0%}",
-    }
-    for table, cell in tables.items():
-        rows: dict[str, list[str]] = {}
-        with (EXAMPLES / "results" / f"{table}.csv").open() as file:
-            for row in csv.DictReader(file):
-                rows.setdefault(row["arm"], []).extend(filter(None, [cell(row)]))
-        assert len(rows) >= 4
-        for arm, cells in rows.items():
-            assert f"| {arm} | {' | '.join(cells)} |" in results

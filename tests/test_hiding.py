@@ -152,3 +152,58 @@ def test_a_rewritten_history_is_still_noticed(model):
     conversation[1, 4] += 1
     with pytest.raises(ValueError, match="does not begin with the 7 tokens"):
         model.generate(conversation, **{CACHE: fed(model, 7)}, **options)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_row_goes_back_over_a_fold_with_and_without_gradients(model, grad):
+    """Tensors of a graph have as many slots as are in use, fewer than before the fold."""
+    ids = tokens(N + 8, batch=2)
+    cache = FreqKVCache(model.config, **NUMBERS)
+    cache.activate_past_recording()
+    mask = torch.ones(2, N + 6, dtype=torch.long)
+    mask[0, N - 2 : N + 4] = 0
+    with torch.set_grad_enabled(grad):
+        model(ids[:, : N - 1], **{CACHE: cache})
+        model(ids[:, N - 1 : N + 4], **{CACHE: cache})
+        logits = model(ids[:, N + 4 : N + 6], attention_mask=mask, **{CACHE: cache}).logits
+    assert cache.counts == (N, N + 6)
+    with torch.no_grad():
+        for row in range(2):
+            kept = ids[row : row + 1, : N + 6][:, mask[row].bool()]
+            alone = model(kept, **{CACHE: FreqKVCache(model.config, **NUMBERS)}).logits[:, -2:]
+            assert torch.allclose(logits[row], alone[0], atol=1e-4)
+
+
+def test_a_call_that_fails_brings_back_what_its_mask_hid(model):
+    ids = tokens(N + 12, batch=2)
+    for told, folds in ((9, False), (N + 3, True)):
+        cache = FreqKVCache(model.config, **NUMBERS)
+        cache.activate_past_recording()
+        mask = torch.ones(2, told + 2, dtype=torch.long)
+        mask[0, told - 5 : told] = 0
+        with torch.no_grad():
+            model(ids[:, : min(told, N - 1)], **{CACHE: cache})
+            model(ids[:, N - 1 : told], **{CACHE: cache}) if folds else None
+            assert (cache.compressions > 0) == folds
+            whole = copy.deepcopy(cache)
+            for wrong in ({"input_ids": torch.full((2, 2), 9999)}, {"input_ids": ids[:, :2], "cu_seq_lens_q": mask[0]}):
+                with pytest.raises((IndexError, ValueError)):
+                    model(**wrong, attention_mask=mask, **{CACHE: cache})
+                assert cache.counts == (told, told)
+                assert not cache.is_spent
+            logits = [model(ids[:, told : told + 3], **{CACHE: each}).logits for each in (cache, whole)]
+        assert torch.equal(*logits)
+
+
+def test_a_mask_that_moves_padding_is_refused(model):
+    """As many tokens in each row, but others."""
+    ids = tokens(9, batch=2)
+    first, moved = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+    first[1, :3] = 0
+    moved[1, 5:8] = 0
+    cache = FreqKVCache(model.config, **NUMBERS)
+    with torch.no_grad():
+        model(ids[:, :8], attention_mask=first, **{CACHE: cache})
+        with pytest.raises(ValueError, match="what was padding cannot be shown"):
+            model(ids[:, 8:], attention_mask=moved, **{CACHE: cache})
+    assert cache.counts == (8, 5)

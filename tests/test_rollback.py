@@ -555,3 +555,72 @@ def test_a_plain_cache_of_a_patched_model_is_assisted_as_before():
     cache = DynamicCache(config=MODEL.config)
     assistant = with_length(DRAFTS[0.3], 5)
     assert torch.equal(MODEL.generate(ids, **{CACHE: cache}, assistant_model=assistant, **options), expected)
+
+
+def test_more_than_was_seen_cannot_be_cropped():
+    ids, mask = padded(rows_of([4, 6]))
+    for masked in ({}, {"attention_mask": mask}):
+        cache = FreqKVCache(MODEL.config, CONFIG)
+        with pytest.raises(ValueError, match="cannot remove 1 of 0 tokens"):
+            cache.crop(-1)
+        with torch.no_grad():
+            MODEL(ids, **masked, **{CACHE: cache})
+        with pytest.raises(ValueError, match="cannot remove 7 of 6 tokens"):
+            cache.crop(-7)
+        assert cache.tokens_seen == 6
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_fold_that_fails_keeps_what_was_recorded(rows):
+    """Also where the rows are folded at different steps."""
+    fails = [False]
+
+    def compressor(keys, values, keep):
+        if fails[0]:
+            raise OSError("on purpose")
+        return freqkv.keep_recent(keys, values, keep)
+
+    cache = FreqKVCache(MODEL.config, CONFIG, compressor=compressor)
+    cache.activate_past_recording()
+    ids = tokens(N + STEP + 4, batch=rows)
+    mask = torch.ones_like(ids)
+    mask[1:, :2] = 0
+    folds_at = CONFIG.schedule.next_fold(N + 1)
+    with torch.no_grad():
+        for start, stop in ((0, N), (N, N + 1), (N + 1, folds_at)):
+            MODEL(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache})
+        fails[0] = True
+        with pytest.raises(OSError, match="on purpose"):
+            MODEL(ids[:, folds_at : folds_at + 1], attention_mask=mask[:, : folds_at + 1], **{CACHE: cache})
+        fails[0] = False
+        assert not cache.is_spent
+        assert cache.tokens_seen == folds_at
+        cache.crop(N - 2 - folds_at)
+        other = FreqKVCache(MODEL.config, CONFIG, compressor=compressor)
+        MODEL(ids[:, : N - 2], attention_mask=mask[:, : N - 2], **{CACHE: other})
+        following = {"attention_mask": mask[:, : N + 1]}
+        logits = [MODEL(ids[:, N - 2 : N + 1], **following, **{CACHE: each}).logits for each in (cache, other)]
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("crops", [(5,), (1, 4)])
+def test_a_sliding_layer_that_cannot_go_back_is_named(crops):
+    """Transformers' own layer goes back over what it has let go without a word, and breaks at the next token."""
+    model = zoo.tiny_model("gemma3_text")
+    freqkv.patch(model)
+    window = model.config.sliding_window
+    ids = tokens(2 * window + 9)
+    cache = FreqKVCache(model.config, window=4 * window)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        seen = 2 * window
+        model(ids[:, :seen], **{CACHE: cache})
+        cache.crop(-crops[0])
+        seen -= crops[0]
+        for crop in crops[1:]:
+            with pytest.raises(RuntimeError, match="a layer with a sliding window would be left with"):
+                cache.crop(-crop)
+        assert cache.tokens_seen == seen
+        logits = model(ids[:, seen : seen + 2], **{CACHE: cache}).logits
+        plain = model(ids[:, : seen + 2]).logits[:, -2:]
+    assert torch.allclose(logits, plain, atol=1e-4)

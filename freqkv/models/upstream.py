@@ -218,6 +218,16 @@ def check_crop(layer: Any, crop: Any, tokens_to_remove: int) -> None:
         if isinstance(value, dict):
             layer.__dict__[name] = dict(value)
     crop(layer, tokens_to_remove)
+    window, keys = getattr(layer, "sliding_window", None), getattr(layer, "keys", None)
+    if isinstance(window, int) and isinstance(keys, Tensor) and tokens_to_remove:
+        # Such a layer drops what its window leaves, and goes back over that without a word.
+        needed, held = min(window - 1, layer.get_seq_length()), keys.shape[-2]
+        if held < needed:
+            raise RuntimeError(
+                f"cannot remove {-tokens_to_remove} tokens: a layer with a sliding window would be left with {held} of the "
+                f"{needed} tokens that it needs. Call cache.activate_past_recording() before the tokens enter, remove them all "
+                "at once, or keep a copy (copy.deepcopy(cache)) to return to"
+            )
 
 
 def config_with_attention(config: Any, attention: str) -> Any:
