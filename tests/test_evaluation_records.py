@@ -264,7 +264,8 @@ def test_the_order_of_a_row_does_not_matter(path):
 
 
 def test_what_a_run_was_made_with(path):
-    new(path)
+    new(path).add([row(64)])
+    new(path).finish()  # it makes no row, and is not told
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["settings"] == SETTINGS
     assert about["runs"] == [environment()]
@@ -276,10 +277,10 @@ def test_what_a_run_was_made_with(path):
 
 
 def test_runs_of_other_versions_are_told(path, monkeypatch):
-    new(path)
-    new(path)
+    new(path).add([row(63)])
+    new(path).add([row(64)])
     monkeypatch.setattr(module, "__version__", "9.9")
-    new(path)
+    new(path).add([row(65)])
     runs = json.loads(path.with_suffix(".json").read_text())["runs"]
     assert [run["freqkv"] for run in runs] == [freqkv.__version__, "9.9"]
 
@@ -303,7 +304,7 @@ def test_the_commit(tmp_path, path):
     assert environment(tmp_path)["commit"] == commit[:12]
     (tmp_path / "file").write_text("b")
     assert environment(tmp_path)["commit"] == commit[:12] + "-dirty"
-    new(path, repository=tmp_path)
+    new(path, repository=tmp_path).add([row(64)])
     assert json.loads(path.with_suffix(".json").read_text())["runs"] == [environment(tmp_path)]
 
 

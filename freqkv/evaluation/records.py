@@ -109,16 +109,16 @@ class Records:
         self.path, self.keys, self.columns = path, tuple(keys), (*keys, *values)
         # Without accelerators, accelerate tells processes from each other only where it is told that they are on CPUs.
         self._state = PartialState(cpu=not torch.accelerator.is_available()) if state is None else state
-        self._about = path.with_suffix(".json")
+        self._about, self._now = path.with_suffix(".json"), environment(repository)
         self.settings = json.loads(json.dumps(dict(settings)))
         if self._state.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._begin(environment(repository))
+            self._begin()
         self._state.wait_for_everyone()
         self._own = path if self._state.is_main_process else self._part(self._state.process_index)
         self._rows = {self._key(row): row for row in self._read(path)}
 
-    def _begin(self, now: dict[str, str]) -> None:
+    def _begin(self) -> None:
         about: dict[str, Any] = {"settings": self.settings, "runs": []}
         if self._about.exists():
             about = json.loads(self._about.read_text(encoding="utf-8"))
@@ -136,9 +136,14 @@ class Records:
         self._write(rows)
         for part in self._parts():
             part.unlink()
-        if now not in about["runs"]:
-            about["runs"].append(now)
         _replace(self._about, json.dumps(about, indent=1) + "\n")
+
+    def _note_run(self) -> None:
+        """Tell with what the rows of this run were made, once there are some."""
+        about = json.loads(self._about.read_text(encoding="utf-8"))
+        if self._now not in about["runs"]:
+            about["runs"].append(self._now)
+            _replace(self._about, json.dumps(about, indent=1) + "\n")
 
     def _part(self, process: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{process}.part")
@@ -202,6 +207,8 @@ class Records:
         for row in made:
             if set(row) != set(self.columns):
                 raise ValueError(f"a row has the columns {', '.join(self.columns)}, got {', '.join(row)}")
+        if self.is_main:
+            self._note_run()
         fresh = not self._own.exists()
         with self._own.open("a", encoding="utf-8", newline="") as file:
             file.write((",".join(self.columns) + "\n" if fresh else "") + "".join(self._line(row) for row in made))
