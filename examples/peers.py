@@ -1,26 +1,31 @@
-"""FreqKV beside other caches on the same weights and texts: time, memory and bits per byte in one table.
+"""FreqKV beside other caches on the same weights, texts and questions: time, memory, bits per byte and recall.
 
 For each held-out document: a prompt is read in one call, then the tokens that follow it are fed one by one and their loss
-taken. What is left out of a cache shows as bits, what it costs as milliseconds and bytes.
+taken. What is left out of a cache shows as bits, what it costs as milliseconds and bytes. Then texts with facts in them are
+read in one call, and each fact is asked for from a copy of the cache.
 
     python examples/peers.py                # FreqKV, transformers' caches (quantized ones with optimum-quanto and hqq)
     python examples/peers.py --presses      # afterwards, where kvpress is installed, which needs transformers < 5.3
 
-The second command reads the texts that the first has left in --runs, and adds its rows to the table. DynamicCache is in
+The second command reads the texts and questions that the first has left in --runs, and adds its rows to the tables. Presses
+see a whole text before they choose what to keep of it; FreqKV never holds more than its window. DynamicCache is in
 both, so that times can be compared: ratios are to the DynamicCache of the same run, document by document.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -50,6 +55,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=float, nargs="+", default=[0.5, 2, 8], help="of prompts, in windows")
     parser.add_argument("--tokens", type=int, default=128, help="scored behind each prompt")
     parser.add_argument("--documents", type=int, default=12)
+    parser.add_argument(
+        "--facts", type=int, default=7, help="texts of each length with 8 facts that are asked for; 0 for none"
+    )
+    parser.add_argument(
+        "--wording", choices=["code", "prose"], default="code", help="of the facts; code for the shipped model"
+    )
+    parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/peers"), help="folder for the texts, as token ids")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "speed" / "peers.csv")
@@ -83,6 +95,26 @@ def write_documents(args: argparse.Namespace) -> None:
     ids = torch.stack(rows)
     args.runs.mkdir(parents=True, exist_ok=True)
     torch.save({"ids": ids, "bytes": byte_lengths(tokenizer, ids)}, args.runs / "documents.pt")
+
+
+def write_questions(args: argparse.Namespace) -> None:
+    """Texts with eight facts each, and a question for each; prose with the tokenizer's chat template, if it has one."""
+    from corpus import TEST, held_out_documents
+    from transformers import AutoTokenizer
+
+    from freqkv.evaluation import CODE, PROSE, Haystack
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = "\n\n".join(text for _, text in held_out_documents(TEST))
+    chat = args.wording == "prose" and tokenizer.chat_template is not None
+    haystack = Haystack(tokenizer, text, CODE if args.wording == "code" else PROSE, chat)
+    rows = []
+    for length in args.lengths:
+        for seed in range(args.facts):
+            sample = haystack.sample("several_keys", round(length * args.window), seed)
+            asked = [(question.ids, question.answers[0]) for question in sample.questions]
+            rows.append({"length": length, "ids": sample.ids, "questions": asked})
+    (args.runs / "questions.json").write_text(json.dumps(rows))
 
 
 # Arms
@@ -162,6 +194,8 @@ def press_arms(args: argparse.Namespace, config: Any) -> dict[str, Arm]:
 
 def cache_bytes(cache: Any) -> int:
     """Of all tensors that a cache holds, those inside quantized tensors included."""
+    if hasattr(cache, "nbytes"):  # a FreqKVCache tells by itself
+        return cache.nbytes
 
     def inner(value: Any) -> int:
         if isinstance(value, Tensor):
@@ -202,6 +236,60 @@ def measure(arm: Arm, model: nn.Module, ids: Tensor, prompt: int) -> dict[str, A
     }
 
 
+@torch.no_grad()
+def found(arm: Arm, model: nn.Module, tokenizer: Any, ids: list[int], questions: list, limit: int = 16) -> int:
+    """How many of the answers stand in the greedy replies to questions behind a text."""
+    longest = len(ids) + max(len(asked) for asked, _ in questions) + limit
+    text, cache, right = torch.tensor([ids]), arm.make(longest), 0
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    end = model.generation_config.eos_token_id
+    with arm.around(model, len(ids)):
+        model(text, **{name: cache}, logits_to_keep=1)
+        for asked, answer in questions:
+            branch, tokens, reply = copy.deepcopy(cache), torch.tensor([asked]), []
+            for _ in range(limit):
+                start = len(ids) + len(asked) + len(reply) - tokens.shape[1]
+                positions = torch.arange(start, start + tokens.shape[1])[None]
+                logits = model(tokens, **{name: branch}, position_ids=positions, logits_to_keep=1).logits
+                tokens = logits[:, -1:].argmax(-1)
+                if tokens.item() == end:
+                    break
+                reply.append(tokens.item())
+            right += re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", tokenizer.decode(reply)) is not None
+    return right
+
+
+def recall(args: argparse.Namespace, model: nn.Module, arms: dict[str, Arm]) -> None:
+    """The table of recall: share of the facts that are found, by the length of the text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = json.loads((args.runs / "questions.json").read_text())
+    counts: dict[tuple[str, float], list[int]] = defaultdict(lambda: [0, 0])
+    for row in tqdm(rows, unit="text", disable=None):
+        for name, arm in arms.items():
+            count = counts[name, row["length"]]
+            count[0] += found(arm, model, tokenizer, row["ids"], row["questions"])
+            count[1] += len(row["questions"])
+    output = args.output.with_name(f"{args.output.stem}_recall.csv")
+    columns = ("arm", "length", "found", "questions")
+    told = [dict(zip(columns, (name, length, *got), strict=True)) for (name, length), got in counts.items()]
+    if args.presses and output.exists():
+        with output.open() as file:
+            told = [row for row in csv.DictReader(file) if row["arm"] not in arms] + told
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(told)
+    lengths = sorted({float(row["length"]) for row in told})
+    print(
+        f"\n| facts found | {' | '.join(f'text of {length:g}N' for length in lengths)} |\n|---|{'---|' * len(lengths)}"
+    )
+    for name in dict.fromkeys(row["arm"] for row in told):
+        cells = {float(row["length"]): f"{row['found']} of {row['questions']}" for row in told if row["arm"] == name}
+        print(f"| {name} | {' | '.join(cells.get(length, '') for length in lengths)} |")
+
+
 def hardware() -> str:
     name = "GPU" if torch.cuda.is_available() else platform.machine()
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
@@ -211,7 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
     if args.presses:
         arms = press_arms(args, model.config)
         if not (args.runs / "documents.pt").exists():
@@ -220,6 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
         import freqkv
 
         write_documents(args)
+        if args.facts:
+            write_questions(args)
         arms = own_arms(args, model.config)
         freqkv.patch(model)
     stored = torch.load(args.runs / "documents.pt")
@@ -264,6 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"| prompt | arm | {' | '.join(name.replace('_', ' ') for name in shown)} |\n|---|---|{'---|' * len(shown)}")
     for row in sorted(rows, key=lambda row: int(row["prompt"])):
         print(f"| {row['prompt']} | {row['arm']} | {' | '.join(str(row[name]) for name in shown)} |")
+    if args.facts:
+        recall(args, model, arms)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_what_is_timed_again_is_the_same_work(monkeypatch):
 
 
 def test_peers(tmp_path, shipped):
-    arguments = ["--documents", "2", "--tokens", "3", "--window", "64", "--lengths", "0.5", "2"]
+    arguments = ["--documents", "2", "--tokens", "3", "--window", "64", "--lengths", "0.5", "2", "--facts", "0"]
     peers.main([*arguments, "--runs", str(tmp_path), "--output", str(tmp_path / "peers.csv")])
     with (tmp_path / "peers.csv").open() as file:
         rows = {(row["arm"], row["prompt"]): row for row in csv.DictReader(file)}
@@ -148,8 +148,20 @@ def test_peers(tmp_path, shipped):
     config = AutoModelForCausalLM.from_pretrained(shipped).config
     size = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
     assert int(plain["cache_bytes"]) == size * 35
+    assert int(ours["cache_bytes"]) == size * 64
     assert int(rows["DynamicCache", "128"]["cache_bytes"]) == size * 131
     assert peers.cache_bytes(DynamicCache(config=config)) == 0
+
+
+def test_peers_are_asked_the_same_questions(tmp_path):
+    arguments = ["--documents", "1", "--tokens", "1", "--window", "256", "--lengths", "0.75", "2", "--facts", "1"]
+    peers.main([*arguments, "--runs", str(tmp_path), "--output", str(tmp_path / "peers.csv")])
+    with (tmp_path / "peers_recall.csv").open() as file:
+        found = {(row["arm"], row["length"]): int(row["found"]) for row in csv.DictReader(file)}
+    assert len(found) >= 12
+    assert all(count == 8 for (_, length), count in found.items() if length == "0.75")
+    assert found["DynamicCache", "2.0"] == found["StaticCache", "2.0"] == 8
+    assert found["sinks + most recent", "2.0"] < 8
 
 
 def test_presses_need_their_package(tmp_path):
