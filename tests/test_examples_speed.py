@@ -154,7 +154,7 @@ def test_peers(tmp_path, shipped):
 
 
 def test_peers_are_asked_the_same_questions(tmp_path):
-    arguments = ["--documents", "1", "--tokens", "1", "--window", "256", "--lengths", "0.75", "2", "--facts", "1"]
+    arguments = ["--documents", "1", "--tokens", "3", "--window", "256", "--lengths", "0.75", "2", "--facts", "1"]
     peers.main([*arguments, "--runs", str(tmp_path), "--output", str(tmp_path / "peers.csv")])
     with (tmp_path / "peers_recall.csv").open() as file:
         found = {(row["arm"], row["length"]): int(row["found"]) for row in csv.DictReader(file)}
