@@ -31,7 +31,7 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from corpus import VALIDATION, held_out_documents, training_documents
-from loading import SHIPPED, SMOLLM2, Formatter, load_tokenizer, plain_weights, source
+from loading import SHIPPED, SMOLLM2, SMOLLM2_HUB, Formatter, load_tokenizer, plain_weights, source
 from measuring import read_text
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -431,12 +431,16 @@ def lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
         ensure_weight_tying=bool(getattr(text_config, "tie_word_embeddings", False)) and not args.lora_only,
     )
     tuned = get_peft_model(model, config)
-    if args.model == SMOLLM2:  # not the place of its file on this machine
-        tuned.peft_config["default"].base_model_name_or_path = SMOLLM2
+    tuned.peft_config["default"].base_model_name_or_path = base_name(args)
     for weight in tuned.parameters():
         if weight.requires_grad:  # steps of 2e-5 are lost in bfloat16
             weight.data = weight.data.float()
     return tuned
+
+
+def base_name(args: argparse.Namespace) -> str:
+    """How others find the model that was trained further: not by the place of a file on this machine."""
+    return SMOLLM2_HUB if args.model == SMOLLM2 else str(args.model)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -655,7 +659,7 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
         for name in names
     )
     data = "Python's standard library" if args.text is None and args.dataset is None else args.dataset or args.text
-    data = data if isinstance(data, str) else ", ".join(map(str, data))
+    data = data if isinstance(data, str) else ", ".join(part.name if isinstance(part, Path) else part for part in data)
     how = "all weights" if args.full else (
         f"LoRA (r = {args.lora_rank}, alpha = {args.lora_alpha}) on {', '.join(sorted(_targets(trainer.model)))}"
         f"{'' if args.lora_only else '; embeddings and norms as a whole'}"
@@ -669,7 +673,7 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
         f'model = AutoModelForCausalLM.from_pretrained("{args.output}")'
         if args.full
         # what was trained in float32 would be cast to the checkpoint's own dtype
-        else f'base = AutoModelForCausalLM.from_pretrained("{args.model}", dtype="float32")\n'
+        else f'base = AutoModelForCausalLM.from_pretrained("{base_name(args)}", dtype="float32")\n'
         f'model = PeftModel.from_pretrained(base, "{args.output}")'
     )
     imports = "" if args.full else "from peft import PeftModel\n"
@@ -678,7 +682,7 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
         measured = "records, loss on the answers"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return f"""---
-base_model: {args.model}
+base_model: {base_name(args)}
 library_name: {"transformers" if args.full else "peft"}
 tags: [freqkv, long-context]
 ---
@@ -722,7 +726,9 @@ Held-out {measured} \
 
 
 def training_precision(trainer: Trainer) -> str:
-    return "bfloat16 (autocast), what is trained in float32" if trainer.args.bf16 else "float32"
+    dtypes = {weight.dtype for weight in trainer.model.parameters() if not weight.requires_grad} - {torch.float32}
+    frozen = "".join(f"; frozen weights in {str(dtype).removeprefix('torch.')}" for dtype in dtypes)
+    return ("bfloat16 (autocast), what is trained in float32" if trainer.args.bf16 else "float32") + frozen
 
 
 def _targets(model: nn.Module) -> set[str]:

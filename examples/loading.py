@@ -76,7 +76,10 @@ def source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def adapter_base(args: argparse.Namespace) -> str | None:
     """The model that the adapter in the folder `--model` was made for, if there is one."""
     config = Path(str(args.model)) / "adapter_config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else None
+    if not config.exists():
+        return None
+    name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return SMOLLM2 if name == SMOLLM2_HUB else name
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -95,7 +98,7 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(args)
     adapter = None
-    if (base := adapter_base(args)) == SMOLLM2:  # a name of these scripts, which transformers does not know
+    if (base := adapter_base(args)) == SMOLLM2:  # which may be installed as a package
         adapter, args = args.model, argparse.Namespace(**vars(args) | {"model": base})
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and args.device == "cpu" and args.device_map is None:
