@@ -56,6 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="scored behind each prompt")
     parser.add_argument("--documents", type=int, default=12)
     parser.add_argument(
+        "--text-files", type=Path, nargs="+", help=".txt or .txt.xz; by default held-out modules of Python"
+    )
+    parser.add_argument(
         "--facts", type=int, default=7, help="texts of each length with 8 facts that are asked for; 0 for none"
     )
     parser.add_argument(
@@ -79,16 +82,25 @@ class Arm:
 # Texts
 
 
+def texts(args: argparse.Namespace) -> list[str]:
+    # Imported here: the environment of the presses has no FreqKV.
+    from corpus import TEST, held_out_documents
+    from measuring import read_text
+
+    if args.text_files is not None:
+        return [read_text(path, "utf-8") for path in args.text_files]
+    return [text for _, text in held_out_documents(TEST)]
+
+
 def write_documents(args: argparse.Namespace) -> None:
     """The beginnings of held-out documents, with the bytes that each token stands for."""
-    from corpus import TEST, held_out_documents
     from transformers import AutoTokenizer
 
     from freqkv.evaluation import byte_lengths
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     wanted = round(max(args.lengths) * args.window) + args.tokens
-    rows = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0] for _, text in held_out_documents(TEST)]
+    rows = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0] for text in texts(args)]
     rows = [row[:wanted] for row in rows if len(row) >= wanted][: args.documents]
     if not rows:
         raise SystemExit(f"no held-out document has {wanted} tokens: ask for shorter --lengths")
@@ -99,13 +111,12 @@ def write_documents(args: argparse.Namespace) -> None:
 
 def write_questions(args: argparse.Namespace) -> None:
     """Texts with eight facts each, and a question for each; prose with the tokenizer's chat template, if it has one."""
-    from corpus import TEST, held_out_documents
     from transformers import AutoTokenizer
 
     from freqkv.evaluation import CODE, PROSE, Haystack
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = "\n\n".join(text for _, text in held_out_documents(TEST))
+    text = "\n\n".join(texts(args))
     chat = args.wording == "prose" and tokenizer.chat_template is not None
     haystack = Haystack(tokenizer, text, CODE if args.wording == "code" else PROSE, chat)
     rows = []
