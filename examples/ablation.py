@@ -19,14 +19,14 @@ import torch
 from loading import Formatter, load, model_name
 from measuring import (
     BLOCK_KEYS,
-    REPOSITORY,
     Totals,
     add_measuring_arguments,
     context_length,
     divergence_rows,
     documents,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
     save_figure,
@@ -40,7 +40,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 import freqkv
 from freqkv import FreqKVCache, Span, dct, idct, keep_recent, low_pass, low_pass_entries
-from freqkv.evaluation import Method, Records, paired_bootstrap
+from freqkv.evaluation import Method, paired_bootstrap
 
 REFERENCE, BASE = "full", "base: S = 4, gamma = 0.5, R = N/8, low-pass"
 
@@ -48,8 +48,8 @@ REFERENCE, BASE = "full", "base: S = 4, gamma = 0.5, R = N/8, low-pass"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser, methods=[])
-    parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
-    parser.add_argument("--documents", type=int, default=2, help="stretches of each text, if it is long enough")
+    parser.add_argument("--length", type=positive, default=8, help="tokens of a document, in windows")
+    parser.add_argument("--documents", type=positive, default=2, help="stretches of each text, if it is long enough")
     return parser.parse_args(arguments)
 
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     made = changes(model.config.get_text_config(decoder=True).num_hidden_layers)
     about = settings(args, model, found, length=args.length, documents=args.documents)
-    records = Records(output(args, "ablation"), BLOCK_KEYS, ("tokens", "kl", "same_top", "nats"), about, REPOSITORY)
+    records = open_records(args, "ablation", BLOCK_KEYS, ("tokens", "kl", "same_top", "nats"), about)
     full = Method(REFERENCE, lambda config, size: DynamicCache(config=config), bounded=False)
     for document in progress(
         records.share(documents(found, tokenizer, args.length * window, args.documents)), "ablation"

@@ -17,16 +17,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from loading import SHIPPED, TUNED, Formatter, load, model_name
+from loading import Formatter, is_shipped, load, model_name
 from measuring import (
-    REPOSITORY,
     add_measuring_arguments,
     beside,
+    check_methods,
+    common,
     context_length,
     label,
     legend_above,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
     save_figure,
@@ -39,7 +41,7 @@ from measuring import (
 from transformers import PreTrainedTokenizerBase
 
 import freqkv
-from freqkv.evaluation import CODE, PROSE, Question, Records, Sample, Wording, ask, wilson_interval
+from freqkv.evaluation import CODE, PROSE, Question, Sample, Wording, ask, wilson_interval
 
 KEYS = ("window", "method", "length", "sample", "question")
 VALUES = ("turns", "distance", "score", "answers", "reply")
@@ -53,10 +55,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument(
         "--lengths", type=float, nargs="+", default=[0.9, 2, 4, 8], help="of the conversation, in windows"
     )
-    group.add_argument("--samples", type=int, default=7, help="conversations of each length")
-    group.add_argument("--facts", type=int, default=4, help="told in the first turns, all asked for")
+    group.add_argument("--samples", type=positive, default=7, help="conversations of each length")
+    group.add_argument("--facts", type=positive, default=4, help="told in the first turns, all asked for")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--max-new-tokens", type=int, default=32, help="of a reply")
+    group.add_argument("--max-new-tokens", type=positive, default=32, help="of a reply")
     return parser.parse_args(arguments)
 
 
@@ -130,11 +132,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load(args)
     freqkv.patch(model)
     found = texts(args)
-    wording = CODE if args.model in (str(SHIPPED), str(TUNED)) else PROSE
+    wording = CODE if is_shipped(args) else PROSE
     talks = Conversations(tokenizer, "\n\n".join(text for _, text in found), wording)
-    about = settings(args, model, found, seed=args.seed, facts=args.facts, chat=talks.has_template)
-    records = Records(output(args, "conversation"), KEYS, VALUES, about, REPOSITORY)
     sizes = windows(args, model)
+    check_methods(args, model, sizes)
+    for window in sizes:
+        talks.sample(
+            round(min(args.lengths) * window), args.facts, f"{args.seed} 0"
+        )  # what has no room ends the script here
+    about = settings(
+        args,
+        model,
+        found,
+        seed=args.seed,
+        facts=args.facts,
+        chat=talks.has_template,
+        max_new_tokens=args.max_new_tokens,
+    )
+    records = open_records(args, "conversation", KEYS, VALUES, about)
     units = [
         (window, method, length, number)
         for window in sizes
@@ -162,13 +177,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     rows = records.finish()
     if records.is_main:
-        report(records.path, rows, sizes, list(args.methods), context_length(model), model_name(args))
+        report(
+            records.path,
+            rows,
+            sizes,
+            list(args.methods),
+            context_length(model),
+            model_name(args),
+        )
 
 
 def report(
     path: Path, rows: list[dict[str, str]], sizes: Sequence[int], order: Sequence[str], context: int, name: str
 ) -> None:
-    methods = [m for m in order if any(row["method"] == m for row in rows)]
+    methods = list(order)
+    rows = common(rows, methods, [key for key in KEYS if key != "method"])
     figure, axes = new_figure(1, len(sizes), size=(4.2 * len(sizes) + 2, 4))
     tables = []
     for axis, window in zip([axes] if len(sizes) == 1 else axes, sizes, strict=True):

@@ -15,19 +15,20 @@ from pathlib import Path
 from loading import Formatter, load, model_name
 from measuring import (
     BLOCK_KEYS,
-    REPOSITORY,
     Totals,
     add_measuring_arguments,
     beside,
     bin_name,
     bins,
+    check_methods,
     context_length,
     divergence_rows,
     documents,
     label,
     legend_above,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
     save_figure,
@@ -38,7 +39,7 @@ from measuring import (
 )
 
 import freqkv
-from freqkv.evaluation import Records, method, paired_bootstrap
+from freqkv.evaluation import method, paired_bootstrap
 
 REFERENCE = "full"
 
@@ -46,8 +47,8 @@ REFERENCE = "full"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
-    parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
-    parser.add_argument("--documents", type=int, default=4, help="stretches of each text, if it is long enough")
+    parser.add_argument("--length", type=positive, default=8, help="tokens of a document, in windows")
+    parser.add_argument("--documents", type=positive, default=4, help="stretches of each text, if it is long enough")
     return parser.parse_args(arguments)
 
 
@@ -65,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{longest} tokens leave the model's context of {context}, where the full cache is no truth: take --windows up to "
             f"{context // args.length}, or a smaller --length"
         )
+    check_methods(args, model, sizes)
     about = settings(args, model, found, length=args.length, documents=args.documents)
-    records = Records(output(args, "divergence"), BLOCK_KEYS, ("tokens", "kl", "same_top", "nats"), about, REPOSITORY)
+    records = open_records(args, "divergence", BLOCK_KEYS, ("tokens", "kl", "same_top", "nats"), about)
     units = [(w, d) for w in sizes for d in documents(found, tokenizer, args.length * w, args.documents)]
     for window, document in progress(records.share(units), "divergence"):
         last = [

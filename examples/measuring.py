@@ -8,6 +8,7 @@ finished one only draws its table and figure again. ``accelerate launch`` shares
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import lzma
@@ -19,12 +20,14 @@ from typing import Any
 
 import torch
 from corpus import TEST, held_out_documents
-from loading import SHIPPED, add_model_arguments, model_name
+from loading import add_model_arguments, is_shipped, model_name
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from freqkv.evaluation import Method, divergence, method, text_digest
+from freqkv.evaluation import METHODS as REGISTERED
+from freqkv.evaluation import Method, Records, divergence, method, text_digest
+from freqkv.models.fingerprint import fingerprint
 
 REPOSITORY = Path(__file__).parent
 BASELINE = "recent"  # sinks + most recent: what others are compared with
@@ -56,7 +59,9 @@ class Document:
 def add_measuring_arguments(parser: argparse.ArgumentParser, methods: Sequence[str] = METHODS) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--windows", type=int, nargs="+", help="entries per layer; several for several sizes of memory")
+    group.add_argument(
+        "--windows", type=positive, nargs="+", help="entries per layer; several for several sizes of memory"
+    )
     group.add_argument(
         "--methods",
         nargs="+",
@@ -77,33 +82,76 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, methods: Sequence[s
     group.add_argument(
         "--output", type=Path, default=Path("runs/results"), help="a folder named after the model goes in there"
     )
-    group.add_argument("--threads", type=int, help="of torch in each process; its own choice by default")
+    group.add_argument("--threads", type=positive, help="of torch in each process; its own choice by default")
+
+
+def positive(text: str) -> int:
+    """The type of arguments that count something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Threads, methods and windows of the command line; ends the script where they are wrong."""
+    """Threads and methods of the command line; ends the script where they are wrong."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.methods_file is not None:
-        spec = importlib.util.spec_from_file_location("methods_of_the_user", args.methods_file)
-        if spec is None or spec.loader is None or not args.methods_file.exists():
-            raise SystemExit(f"--methods-file {args.methods_file} is no Python file")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    own = {} if args.methods_file is None else methods_of(args.methods_file)
     try:
-        args.methods = {name: method(name) for name in args.methods}
+        methods = [own.get(name) or method(name) for name in args.methods]
     except ValueError as error:
         raise SystemExit(f"--methods: {error}") from None
+    args.methods = {each.name: each for each in methods}
 
 
-def output(args: argparse.Namespace, name: str) -> Path:
-    return args.output / model_name(args) / f"{name}.csv"
+def methods_of(path: Path) -> dict[str, Method]:
+    """What a file of the user registers. Rows carry a digest of the file: a method that was changed is another."""
+    before = dict(REGISTERED)
+    spec = importlib.util.spec_from_file_location("methods_of_the_user", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise SystemExit(f"--methods-file {path} is no Python file")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    made = {name: each for name, each in REGISTERED.items() if before.get(name) is not each}
+    if taken := sorted(set(made) & set(before)):
+        REGISTERED.update(before)
+        raise SystemExit(
+            f"--methods-file {path} registers {', '.join(taken)}, which is there already: take another name"
+        )
+    if not made:
+        raise SystemExit(f"--methods-file {path} registers nothing: call freqkv.evaluation.register(name, make)")
+    for name in made:
+        del REGISTERED[name]
+    digest = text_digest(path.read_text(encoding="utf-8"))[:6]
+    return {name: dataclasses.replace(each, name=f"{name}@{digest}") for name, each in made.items()}
+
+
+def check_methods(args: argparse.Namespace, model: PreTrainedModel, sizes: Iterable[int]) -> None:
+    """Make each cache once, so that what cannot work ends the script before anything is measured."""
+    for name, each in args.methods.items():
+        for size in sizes:
+            try:
+                cache = each.make(model.config, size)
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f"--methods {name}, window {size}: {error}") from None
+            if not isinstance(cache, Cache):
+                raise SystemExit(f"--methods {name} makes a {type(cache).__name__}, not a transformers Cache")
+
+
+def open_records(
+    args: argparse.Namespace, name: str, keys: Sequence[str], values: Sequence[str], about: Any
+) -> Records:
+    try:
+        return Records(args.output / model_name(args) / f"{name}.csv", keys, values, about, REPOSITORY)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def texts(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Name and text of each document of the command line, or of the default."""
     if args.text_files is not None:
         return [(path.name.split(".")[0], read_text(path, args.encoding)) for path in args.text_files]
-    if args.model == str(SHIPPED):
+    if is_shipped(args):
         return held_out_documents(TEST)
     from pydoc_data.topics import topics  # Python's language reference, as prose
 
@@ -160,7 +208,28 @@ def progress(units: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def label(name: str) -> str:
-    return LABELS.get(name, name)
+    return LABELS.get(name, name.partition("@")[0])
+
+
+def common(rows: Sequence[dict[str, str]], methods: Iterable[str], keys: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of these methods, of what all of them were measured on; `keys` tell what that is."""
+    methods = list(methods)
+    measured: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        measured.setdefault(tuple(row[key] for key in keys), set()).add(row["method"])
+    shared = {key for key, found in measured.items() if found >= set(methods)}
+    return [row for row in rows if row["method"] in methods and tuple(row[key] for key in keys) in shared]
+
+
+def remarks(methods: Iterable[str], window: int, length: float, context: int) -> str:
+    """What a caption has to tell of its methods."""
+    methods = list(methods)
+    told = ""
+    if "full" in methods and length * window > context:
+        told += f"; the full cache leaves the model's context of {context} tokens"
+    if any(name.startswith("attended") for name in methods):
+        told += "; what keeps queries has a smaller window, so that all take the same bytes"
+    return told
 
 
 def settings(
@@ -169,6 +238,7 @@ def settings(
     """What figures depend on and no column tells."""
     return {
         "model": model_name(args),
+        "weights": fingerprint(model).weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": args.attn_implementation,
         "texts": digests(found),
@@ -236,7 +306,7 @@ def style(index: int) -> dict[str, Any]:
 def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -278,23 +348,22 @@ def divergence_rows(
 
 
 class Totals:
-    """Sums of blocks, by method, document and block, of the rows of one window."""
+    """Sums of blocks of the rows of one window, by method, document and block; of the documents that all methods have read."""
 
-    def __init__(self, rows: Sequence[dict[str, str]], window: int, order: Iterable[str] = ()) -> None:
+    def __init__(self, rows: Sequence[dict[str, str]], window: int, order: Iterable[str]) -> None:
         self._rows: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
         for row in rows:
             if int(row["window"]) == window:
                 self._rows.setdefault((row["method"], row["document"]), {})[int(row["block"])] = row
-        there = {name: None for name, _ in self._rows}
-        self.methods = [name for name in dict.fromkeys((*order, *there)) if name in there]
-        self.documents = sorted({document for _, document in self._rows})
+        there = {name for name, _ in self._rows}
+        self.methods = [name for name in order if name in there]
+        measured = {document for _, document in self._rows}
+        self.documents = sorted(d for d in measured if all((name, d) in self._rows for name in self.methods))
 
     def blocks(self, name: str, column: str, start: int, stop: int) -> list[list[float]]:
         """Documents of blocks `start` to `stop`."""
         return [
-            [float(self._rows[name, document][i][column]) for i in range(start, stop)]
-            for document in self.documents
-            if (name, document) in self._rows
+            [float(self._rows[name, document][i][column]) for i in range(start, stop)] for document in self.documents
         ]
 
     def ratio(self, name: str, over: str, under: str, start: int, stop: int) -> float:

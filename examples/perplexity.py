@@ -21,22 +21,24 @@ from loading import Formatter, load, model_name
 from measuring import (
     BASELINE,
     BLOCK_KEYS,
-    REPOSITORY,
     Document,
     Totals,
     add_measuring_arguments,
     beside,
     bin_name,
     bins,
+    check_methods,
     context_length,
     documents,
     label,
     legend_above,
     minus,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
+    remarks,
     save_figure,
     settings,
     style_of,
@@ -47,7 +49,7 @@ from measuring import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import freqkv
-from freqkv.evaluation import Method, Records, bits_per_byte, byte_lengths, cache_bytes, paired_bootstrap, token_losses
+from freqkv.evaluation import Method, bits_per_byte, byte_lengths, cache_bytes, paired_bootstrap, token_losses
 
 FEWEST_BLOCKS = 6  # for an interval: a bootstrap over fewer says nothing
 
@@ -55,8 +57,8 @@ FEWEST_BLOCKS = 6  # for an interval: a bootstrap over fewer says nothing
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser)
-    parser.add_argument("--length", type=int, default=8, help="tokens of a document, in windows")
-    parser.add_argument("--documents", type=int, default=4, help="stretches of each text, if it is long enough")
+    parser.add_argument("--length", type=positive, default=8, help="tokens of a document, in windows")
+    parser.add_argument("--documents", type=positive, default=4, help="stretches of each text, if it is long enough")
     return parser.parse_args(arguments)
 
 
@@ -89,10 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load(args)
     freqkv.patch(model)
     found = texts(args)
+    sizes = windows(args, model)
+    check_methods(args, model, sizes)
     about = settings(args, model, found, length=args.length, documents=args.documents)
     columns = ("tokens", "bytes", "bits", "cache_bytes", "seconds")
-    records = Records(output(args, "perplexity"), BLOCK_KEYS, columns, about, REPOSITORY)
-    sizes = windows(args, model)
+    records = open_records(args, "perplexity", BLOCK_KEYS, columns, about)
     cut = {window: documents(found, tokenizer, args.length * window, args.documents) for window in sizes}
     units = [(w, d, m) for w in sizes for d, m in itertools.product(cut[w], args.methods.values())]
     for window, document, method in progress(records.share(units), "perplexity"):
@@ -101,7 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records.add(measure(model, tokenizer, document, method, window))
     rows = records.finish()
     if records.is_main:
-        report(records.path, rows, sizes, args.length, context_length(model), model_name(args), list(args.methods))
+        report(
+            records.path,
+            rows,
+            sizes,
+            args.length,
+            context_length(model),
+            model_name(args),
+            list(args.methods),
+        )
 
 
 def report(
@@ -110,6 +121,7 @@ def report(
     tables = []
     for window in sizes:
         totals = Totals(rows, window, order)
+        shows_difference = BASELINE in totals.methods and len(totals.methods) > 1
         shown = []
         for method in totals.methods:
             cells = []
@@ -120,10 +132,14 @@ def report(
                 cells.append(cell)
             held = max(b for row in totals.blocks(method, "cache_bytes", 0, 1) for b in row)
             shown.append([label(method), *cells, f"{held / 2**20:.1f}"])
-        past = f"; the full cache leaves the model's context of {context} tokens" if length * window > context else ""
+        against = (
+            f'. In brackets: the difference to "{label(BASELINE)}" in %, with its 95 % interval'
+            if shows_difference
+            else ""
+        )
         title = (
-            f"**Bits per byte**, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens{past}. In "
-            f'brackets: the difference to "{label(BASELINE)}" in %, with its 95 % interval.'
+            f"**Bits per byte**, {name}, N = {window}, {len(totals.documents)} documents of {length}N tokens"
+            f"{remarks(totals.methods, window, length, context)}{against}."
         )
         tables.append((title, ["method", *(bin_name(*each) for each in bins(length)), "cache, MiB"], shown))
     write_markdown(path.with_suffix(".md"), tables)

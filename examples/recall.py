@@ -16,15 +16,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from loading import SHIPPED, TUNED, Formatter, load, model_name
+from loading import Formatter, is_shipped, load, model_name
 from measuring import (
-    REPOSITORY,
     add_measuring_arguments,
+    check_methods,
+    common,
     context_length,
     label,
     legend_above,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
     save_figure,
@@ -36,7 +38,7 @@ from measuring import (
 )
 
 import freqkv
-from freqkv.evaluation import CODE, PROSE, TASKS, Haystack, Records, ask, wilson_interval
+from freqkv.evaluation import CODE, PROSE, TASKS, Haystack, Sample, ask, wilson_interval
 
 KEYS = ("window", "method", "task", "length", "sample", "question")
 VALUES = ("depth", "distance", "score", "answers", "reply")
@@ -50,8 +52,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group = parser.add_argument_group("questions")
     group.add_argument("--tasks", nargs="+", choices=TASKS, help="all that the wording has, by default")
     group.add_argument("--lengths", type=float, nargs="+", default=[1, 2, 4, 8], help="of the texts, in windows")
-    group.add_argument("--samples", type=int, default=8, help="texts of each task and length; some have 8 questions")
-    group.add_argument("--batch-size", type=int, default=4, help="texts that are read at once")
+    group.add_argument(
+        "--samples", type=positive, default=8, help="texts of each task and length; some have 8 questions"
+    )
+    group.add_argument("--batch-size", type=positive, default=4, help="texts that are read at once")
     group.add_argument(
         "--wording", choices=["prose", "code"], help="code for the shipped models, else prose, by default"
     )
@@ -59,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--chat", action=argparse.BooleanOptionalAction, help="use the chat template; if there is one, by default"
     )
     group.add_argument("--seed", type=int, default=0, help="of the facts, their places and the stretches of text")
-    group.add_argument("--max-new-tokens", type=int, default=32, help="of a reply")
+    group.add_argument("--max-new-tokens", type=positive, default=32, help="of a reply")
     return parser.parse_args(arguments)
 
 
@@ -69,12 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load(args)
     freqkv.patch(model)
     found = texts(args)
-    of_code = args.wording == "code" or (args.wording is None and args.model in (str(SHIPPED), str(TUNED)))
+    of_code = args.wording == "code" or (args.wording is None and is_shipped(args))
     chat = getattr(tokenizer, "chat_template", None) is not None if args.chat is None else args.chat
     haystack = Haystack(tokenizer, "\n\n".join(text for _, text in found), CODE if of_code else PROSE, chat)
     tasks = args.tasks or list(haystack.tasks)
     if missing := set(tasks) - set(haystack.tasks):
         raise SystemExit(f"--wording code has no {', '.join(sorted(missing))}: it has {', '.join(haystack.tasks)}")
+    sizes = windows(args, model)
+    check_methods(args, model, sizes)
+
+    def sample(window: int, task: str, length: float, number: int) -> Sample:
+        depth = (number % DEPTHS + 0.5) / DEPTHS if task == "single_needle" else None  # all depths alike
+        try:
+            return haystack.sample(task, round(length * window), f"{args.seed} {number}", depth)
+        except ValueError as error:
+            raise SystemExit(f"--lengths {length:g}, task {task}, window {window}: {error}") from None
+
+    for window, task, length in itertools.product(sizes, tasks, args.lengths):
+        sample(window, task, length, 0)  # what has no room ends the script before anything is measured
     about = settings(
         args,
         model,
@@ -83,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chat=chat,
         seed=args.seed,
         batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
     )
-    records = Records(output(args, "recall"), KEYS, VALUES, about, REPOSITORY)
-    sizes = windows(args, model)
+    records = open_records(args, "recall", KEYS, VALUES, about)
     units = [
         (window, method, task, length, first)
         for window in sizes
@@ -96,55 +112,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for window, method, task, length, first in progress(records.share(units), "recall"):
         numbers = range(first, min(first + args.batch_size, args.samples))
-        rows = [dict(zip(KEYS, (window, method.name, task, length, number, 0), strict=True)) for number in numbers]
-        try:
-            samples = [
-                haystack.sample(task, round(length * window), f"{args.seed} {number}", depth=depth(task, number))
-                for number in numbers
+        samples = [sample(window, task, length, number) for number in numbers]
+        rows = [
+            [
+                dict(zip(KEYS, (window, method.name, task, length, number, index), strict=True))
+                for index in range(len(each.questions))
             ]
-        except ValueError as error:
-            raise SystemExit(f"--lengths {length:g}: {error}") from None
-        asked = (
-            row | {"question": i} for row, each in zip(rows, samples, strict=True) for i in range(len(each.questions))
-        )
-        if all(row in records for row in asked):
+            for number, each in zip(numbers, samples, strict=True)
+        ]
+        if all(row in records for row in itertools.chain(*rows)):
             continue
-        for batch in of_one_length(list(zip(rows, samples, strict=True))):
-            make = functools.partial(method.make, model.config, window)
-            replies = ask(model, tokenizer, [sample for _, sample in batch], make, args.max_new_tokens, window)
-            records.add(
-                row | {
-                    "question": index,
-                    "depth": round(question.depth, 4),
-                    "distance": question.distance,
-                    "score": reply.score,
-                    "answers": " ".join(question.answers),
-                    "reply": " ".join(reply.text.split()),
-                }
-                for (row, sample), answered in zip(batch, replies, strict=True)
-                for index, (question, reply) in enumerate(zip(sample.questions, answered, strict=True))
-            )  # fmt: skip
+        make = functools.partial(method.make, model.config, window)
+        replies = ask(model, tokenizer, samples, make, args.max_new_tokens, window)
+        answered = zip(
+            itertools.chain(*rows),
+            itertools.chain(*(each.questions for each in samples)),
+            itertools.chain(*replies),
+            strict=True,
+        )
+        records.add(
+            row | {
+                "depth": round(question.depth, 4),
+                "distance": question.distance,
+                "score": reply.score,
+                "answers": " ".join(question.answers),
+                "reply": " ".join(reply.text.split()),
+            }
+            for row, question, reply in answered
+        )  # fmt: skip
     rows = records.finish()
     if records.is_main:
-        report(records.path, rows, sizes, list(args.methods), context_length(model), model_name(args))
-
-
-def depth(task: str, number: int) -> float | None:
-    """Needles stand at all depths alike, in the middle of each row of the heat map."""
-    return (number % DEPTHS + 0.5) / DEPTHS if task == "single_needle" else None
-
-
-def of_one_length(batch: list) -> Iterable[list]:
-    """Lists of words end where words end, so that their texts may differ by a few tokens; those are read one by one."""
-    lengths = {(len(sample.ids), len(sample.questions)) for _, sample in batch}
-    return [batch] if len(lengths) == 1 else [[each] for each in batch]
+        report(
+            records.path,
+            rows,
+            sizes,
+            list(args.methods),
+            context_length(model),
+            model_name(args),
+        )
 
 
 def report(
     path: Path, rows: list[dict[str, str]], sizes: Sequence[int], order: Sequence[str], context: int, name: str
 ) -> None:
     tables = []
-    methods = [m for m in order if any(row["method"] == m for row in rows)]
+    methods = list(order)
+    rows = common(rows, methods, [key for key in KEYS if key != "method"])
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     for window in sizes:
         own = [row for row in rows if int(row["window"]) == window]
@@ -257,6 +270,7 @@ def heat_maps(path: Path, rows: list[dict[str, str]], sizes: Sequence[int], meth
                 ]
                 for depth in range(DEPTHS)
             ]  # fmt: skip
+            axis.set_facecolor("lightgrey")  # no question there
             drawn = axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
             axis.set_xticks(range(len(lengths)), [f"{length:g}N" for length in lengths])
             axis.set_yticks([-0.5, DEPTHS / 2 - 0.5, DEPTHS - 0.5], ["0", "0.5", "1"])
@@ -265,7 +279,7 @@ def heat_maps(path: Path, rows: list[dict[str, str]], sizes: Sequence[int], meth
                 axis.set_ylabel(f"N = {window}\ndepth of the fact")
             if row_index == len(sizes) - 1:
                 axis.set_xlabel("length of the text")
-    figure.colorbar(drawn, ax=axes, label="share of answers")
+    figure.colorbar(drawn, ax=axes, label="share of answers (grey: no question)")
     save_figure(figure, path)
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from loading import Formatter, load, model_name
 from measuring import (
-    REPOSITORY,
     add_measuring_arguments,
     context_length,
     documents,
     new_figure,
-    output,
+    open_records,
+    positive,
     prepare,
     progress,
     save_figure,
@@ -37,7 +37,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 import freqkv
 from freqkv import FreqKVCache, Span, dct, keep_recent
-from freqkv.evaluation import Records
 from freqkv.layer import FreqKVLayer
 from freqkv.models.upstream import CACHE
 
@@ -51,9 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_measuring_arguments(parser, methods=[])
     parser.add_argument(
-        "--length", type=int, help="tokens of a document; the model's context, at most 1024, by default"
+        "--length", type=positive, help="tokens of a document; the model's context, at most 1024, by default"
     )
-    parser.add_argument("--documents", type=int, default=2, help="stretches of each text, if it is long enough")
+    parser.add_argument("--documents", type=positive, default=2, help="stretches of each text, if it is long enough")
     parser.add_argument("--sink-tokens", type=int, default=4, help="first tokens, left out as FreqKV does")
     return parser.parse_args(arguments)
 
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = texts(args)
     columns = [f"{name}{share}" for name in ("all_", "changes_") for share in SHARES] + [f"bin{i}" for i in range(BINS)]
     about = settings(args, model, found, length=length, documents=args.documents, sink_tokens=args.sink_tokens)
-    records = Records(output(args, "spectrum"), KEYS, columns, about, REPOSITORY)
+    records = open_records(args, "spectrum", KEYS, columns, about)
     last = max(
         i for i, layer in enumerate(FreqKVCache(model.config, window=64).layers) if isinstance(layer, FreqKVLayer)
     )

@@ -669,16 +669,19 @@ def test_the_mode_of_the_model_comes_back():
         assert model.training is training
 
 
+def test_samples_of_any_length_are_asked_together():
+    """In batches of those that are alike, in their order."""
+    model, samples = shipped_model(), in_prose()[:3]
+    first, second, third = samples
+    mixed = [first, replace(second, ids=second.ids[1:]), replace(third, questions=third.questions[1:])]
+    together = ask(model, tokenizer(), mixed, full)
+    assert together == [ask(model, tokenizer(), [each], full)[0] for each in mixed]
+    assert [len(replies) for replies in together] == [len(each.questions) for each in mixed]
+    assert ask(model, tokenizer(), [], full) == []
+
+
 def test_errors_of_asking():
-    model, (one, other, *_) = shipped_model(), in_prose()
-    ragged = [
-        [],
-        [one, replace(other, ids=other.ids[1:])],
-        [one, replace(other, questions=other.questions[1:])],
-    ]
-    for samples in ragged:
-        with pytest.raises(ValueError, match="same length and as many questions"):
-            ask(model, tokenizer(), samples, full)
+    model, (one, *_) = shipped_model(), in_prose()
     for wrong in ({"chunk_size": 0}, {"max_new_tokens": 0}, {"max_new_tokens": -3}):
         (name,) = wrong
         with pytest.raises(ValueError, match=f"{name}={wrong[name]}"):

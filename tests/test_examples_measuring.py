@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,18 +204,61 @@ def test_conversations_are_what_the_template_renders(shipped):
 
 
 def test_methods_of_the_user(tmp_path, text):
+    """A method that was changed is measured anew, beside what is there."""
     own = tmp_path / "mine.py"
-    own.write_text(
-        "from transformers import DynamicCache\nfrom freqkv.evaluation import register\n"
-        'register("mine", lambda config, window: DynamicCache(config=config))\n'
-    )
-    arguments = ["--methods", "full", "mine", "--methods-file", str(own), "--windows", "32"]
-    try:
-        rows = read(run(perplexity, tmp_path, text, *arguments))
-    finally:
-        METHODS.pop("mine", None)
-    bits = [[row["bits"] for row in rows if row["method"] == name] for name in ("full", "mine")]
-    assert bits[0] == bits[1]
+    lines = "import freqkv\nfrom transformers import DynamicCache\nfrom freqkv.evaluation import register\n"
+    own.write_text(lines + 'register("mine", lambda config, window: DynamicCache(config=config))\n')
+    arguments = ["--methods", "full", "recent", "mine", "--methods-file", str(own), "--windows", "32"]
+    rows = read(run(perplexity, tmp_path, text, *arguments))
+    (name,) = {row["method"] for row in rows} - {"full", "recent"}
+    assert name.startswith("mine@")
+    bits = {each: [row["bits"] for row in rows if row["method"] == each] for each in ("full", "recent", name)}
+    assert bits[name] == bits["full"]
+    cache = "freqkv.FreqKVCache(config, window=window, compressor=freqkv.keep_recent)"
+    own.write_text(lines + f'register("mine", lambda config, window: {cache})\n')
+    rows = read(run(perplexity, tmp_path, text, *arguments))
+    (other,) = {row["method"] for row in rows} - {"full", "recent", name}
+    assert [row["bits"] for row in rows if row["method"] == other] == bits["recent"]
+    table = (tmp_path / "tiny_lm" / "perplexity.md").read_text()
+    assert table.count("| mine |") == 1, "what was asked for is shown"
+    assert "mine" not in METHODS
+
+    for wrong, message in (
+        ('register("recent", lambda config, window: None)', "registers recent, which is there already"),
+        ("", "registers nothing"),
+        ('register("mine", lambda config, window: None)', "mine@.* makes a NoneType, not a transformers Cache"),
+    ):
+        before = METHODS["recent"]
+        own.write_text(lines + wrong)
+        with pytest.raises(SystemExit, match=message):
+            run(perplexity, tmp_path, text, *arguments)
+        assert METHODS["recent"] is before
+
+
+def test_only_what_all_methods_were_asked_is_compared(tmp_path, text):
+    options = ["--windows", "96", "--tasks", "several_keys", "--batch-size", "1"]
+    run(recall, tmp_path, text, *options, "--methods", "recent", "--lengths", "2", "--samples", "3")
+    run(recall, tmp_path, text, *options, "--methods", "freqkv", "--lengths", "4", "--samples", "1")
+    file = run(recall, tmp_path, text, *options, "--methods", "recent", "freqkv", "--lengths", "2", "--samples", "2")
+    table = file.with_suffix(".md").read_text()
+    assert "text of 4N" not in table
+    counts = [line.split("|")[2].split()[-1] for line in table.splitlines() if line.startswith(("| sinks", "| FreqKV"))]
+    assert counts[:2] == ["16", "16"]
+
+
+def test_rows_of_other_weights_are_not_taken(tmp_path, text, shipped):
+    run(perplexity, tmp_path, text)
+    other = tmp_path / "elsewhere" / "tiny_lm"
+    shutil.copytree(EXAMPLES / "tiny_lm_tuned", other)
+    with pytest.raises(SystemExit, match="other settings \\(weights\\)"):
+        run(perplexity, tmp_path, text, "--model", str(other))
+
+
+@pytest.mark.parametrize("option", ["--windows", "--length", "--documents", "--threads"])
+def test_counts_are_positive(option, tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        run(perplexity, tmp_path, text, option, "0")
+    assert "0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -227,8 +271,14 @@ def test_methods_of_the_user(tmp_path, text):
         (divergence, ["--windows", "512"], "leave the model's context of 512"),
         (ablation, ["--windows", "512"], "leave the model's context of 512"),
         (recall, ["--tasks", "frequent_words"], "has no frequent_words"),
-        (recall, ["--lengths", "0.2"], "--lengths 0.2: .* have no room"),
+        (recall, ["--lengths", "2", "0.2"], "--lengths 0.2, task several_keys, window 64: .* have no room"),
         (conversation, ["--lengths", "0.1"], "have no room for 2 facts"),
+        (
+            perplexity,
+            ["--methods", "recent", "freqkv:recent_tokens=44"],
+            "freqkv:recent_tokens=44, window 32: .* leaves",
+        ),
+        (perplexity, ["--device", "cuda:77"], "--device cuda:77: "),
     ],
 )
 def test_what_is_wrong_is_named(script, arguments, message, tmp_path, text):

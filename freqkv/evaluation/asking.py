@@ -58,7 +58,7 @@ def ask(
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the model.
     samples : sequence of Sample
-        Read in one batch, so their texts must have the same number of tokens, and they as many questions each.
+        Those whose texts have the same number of tokens, and as many questions, are read in one batch.
     make_cache : callable
         Returns an empty cache.
     max_new_tokens : int
@@ -75,26 +75,44 @@ def ask(
     Raises
     ------
     ValueError
-        If lengths or numbers of questions differ, or a number is not positive.
+        If a number is not positive.
     """
-    if len({len(sample.ids) for sample in samples}) != 1 or len({len(sample.questions) for sample in samples}) != 1:
-        raise ValueError("samples of one batch must have texts of the same length and as many questions each")
     if chunk_size < 1 or max_new_tokens < 1:
         raise ValueError(f"chunk_size={chunk_size} and max_new_tokens={max_new_tokens} must be positive")
+    batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, sample in enumerate(samples):
+        batches[len(sample.ids), len(sample.questions)].append(place)
+    replies: dict[int, list[Reply]] = {}
+    with evaluating(model):
+        for places in batches.values():
+            batch = [samples[place] for place in places]
+            answered = _asked(model, tokenizer, batch, make_cache(), max_new_tokens, chunk_size, stop)
+            replies.update(zip(places, answered, strict=True))
+    return [replies[place] for place in range(len(samples))]
+
+
+def _asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    cache: Cache,
+    max_new_tokens: int,
+    chunk_size: int,
+    stop: str,
+) -> list[list[Reply]]:
+    """The replies to samples of the same length."""
     texts = torch.tensor([sample.ids for sample in samples], device=model.device)
     replies: list[list[Reply]] = [[] for _ in samples]
-    with evaluating(model):
-        cache = make_cache()
-        for chunk in texts.split(chunk_size, dim=1):
-            model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        asked = list(zip(*(sample.questions for sample in samples), strict=True))
-        for index, questions in enumerate(asked):
-            branch = cache if index == len(asked) - 1 else copy.deepcopy(cache)
-            made = _continue(
-                model, branch, texts.shape[1], [question.ids for question in questions], max_new_tokens, _ends(model)
-            )
-            for row, question, ids in zip(replies, questions, made, strict=True):
-                row.append(_reply(tokenizer, question, ids, stop))
+    for chunk in texts.split(chunk_size, dim=1):
+        model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    asked = list(zip(*(sample.questions for sample in samples), strict=True))
+    for index, questions in enumerate(asked):
+        branch = cache if index == len(asked) - 1 else copy.deepcopy(cache)
+        made = _continue(
+            model, branch, texts.shape[1], [question.ids for question in questions], max_new_tokens, _ends(model)
+        )
+        for row, question, ids in zip(replies, questions, made, strict=True):
+            row.append(_reply(tokenizer, question, ids, stop))
     return replies
 
 
@@ -175,6 +193,9 @@ def recall_accuracy(
     batch_size: int = 16,
 ) -> dict[int, float]:
     """Share of the questions that greedy decoding answers exactly, for each distance.
+
+    For prompts of one's own, whose answers are tokens. :func:`ask` lets a model reply freely, and asks several questions of a
+    text that was read once.
 
     Parameters
     ----------

@@ -98,7 +98,7 @@ class Haystack:
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the model that is asked.
     text : str
-        What the facts are hidden in; stretches of it are drawn. It should be longer than the longest sample.
+        What the facts are hidden in; stretches of it are drawn, which go on from its start where it ends.
     wording : Wording
         How facts and questions are written; :data:`PROSE` by default, :data:`CODE` for models of program code.
     chat : bool
