@@ -1,12 +1,13 @@
 """FreqKV: a KV cache that lets RoPE language models in Transformers run forever inside their own context window."""
 
 from freqkv.cache import FreqKVCache
-from freqkv.compressors import Compressor, KeepAttended, Span, keep_attended, keep_recent, low_pass_entries, mean_pool
+from freqkv.compressors import Compressor, Span, keep_recent, low_pass_entries, mean_pool
 from freqkv.config import FreqKVConfig
 from freqkv.errors import CacheFileError, UnsupportedModelError
 from freqkv.models.support import Support, supported
 from freqkv.patching.handle import Patch, patch, unpatch
 from freqkv.schedule import Fold, FreqKVSchedule, Schedule
+from freqkv.selection import KeepAttended, KeepNovel, keep_attended, keep_novel
 from freqkv.transform import dct, idct, low_pass
 from freqkv.version import __version__
 
@@ -18,6 +19,7 @@ __all__ = [
     "FreqKVConfig",
     "FreqKVSchedule",
     "KeepAttended",
+    "KeepNovel",
     "Patch",
     "Schedule",
     "Span",
@@ -27,6 +29,7 @@ __all__ = [
     "dct",
     "idct",
     "keep_attended",
+    "keep_novel",
     "keep_recent",
     "low_pass",
     "low_pass_entries",

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -22,12 +22,10 @@ from freqkv.transform import low_pass
 
 __all__ = [
     "Compressor",
-    "KeepAttended",
     "Span",
     "check_compressor",
     "compress",
     "compressor_name",
-    "keep_attended",
     "keep_recent",
     "low_pass_entries",
     "mean_pool",
@@ -61,6 +59,9 @@ class Span:
         By which the model multiplies queries times keys.
     rotate : callable
         `(x, slot) -> x`: RoPE at the slots from `slot` on, of queries or keys.
+    shared : dict
+        The same one for this fold in all layers that have the same schedule, from the first layer to the last: what a layer
+        puts in there, layers behind it find.
     """
 
     keys: Tensor
@@ -72,6 +73,7 @@ class Span:
     query_start: int = 0
     scaling: float = 1.0
     rotate: Callable[[Tensor, int], Tensor] = lambda x, slot: x
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def attention(self) -> Tensor:
         """Attention of the queries over the entries of the span alone, `(rows, heads, m, n)`; a query sees no later entry.
@@ -116,50 +118,6 @@ def mean_pool(keys: Tensor, values: Tensor, keep: int) -> Pair:
         return runs.transpose(1, 2).reshape(*x.shape[:2], keep, x.shape[-1])
 
     return pool(keys), pool(values)
-
-
-@dataclass(frozen=True)
-class KeepAttended:
-    """Keep the entries that the last queries attend to most, for each KV head; they stay in order.
-
-    The score of an entry is the attention that it gets from the last `queries` queries (:meth:`Span.attention`), averaged
-    over them and over the query heads of its KV head, then over the `pool` entries around it, as in SnapKV
-    (arXiv 2404.14469). Which entries are kept has no gradient; keys and values have theirs.
-
-    Parameters
-    ----------
-    queries : int
-        How many queries have a say.
-    pool : int
-        Width of the average along the sequence, odd; 1 for none.
-    """
-
-    queries: int = 64
-    pool: int = 7
-
-    def __post_init__(self) -> None:
-        for name in ("queries", "pool"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool={self.pool} must be odd, so that entries stand in the middle")
-
-    def __call__(self, span: Span) -> Pair:
-        with torch.no_grad():
-            weights = span.attention()
-            rows, kv_heads, n, _ = span.keys.shape
-            scores = weights.reshape(rows, kv_heads, -1, n).mean(dim=2)
-            scores = functional.avg_pool1d(scores, self.pool, stride=1, padding=self.pool // 2, count_include_pad=False)
-            kept = scores.topk(span.keep, dim=-1).indices.sort(dim=-1).values[..., None]
-        return span.keys.take_along_dim(kept, dim=2), span.values.take_along_dim(kept, dim=2)
-
-    @property
-    def __name__(self) -> str:
-        return "keep_attended" if self == keep_attended else f"keep_attended(queries={self.queries}, pool={self.pool})"
-
-
-keep_attended = KeepAttended()
 
 
 def takes_span(compressor: Any) -> bool:

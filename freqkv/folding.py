@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def fold(
     layer_idx: int,
     queries: Queries | None,
     takes: bool | None = None,
+    shared: Sequence[dict[Any, Any]] | None = None,
 ) -> tuple[int, tuple[Tensor, Tensor]]:
     """What stands behind some slot once entries are folded.
 
@@ -45,6 +47,8 @@ def fold(
         `(rows, kv_heads, entries, head_dim)`, all entries of rows that are alike, rotated at their slots.
     takes : bool, optional
         Whether the compressor takes a Span.
+    shared : sequence of dict, optional
+        For each fold, what its compressor hands from layer to layer.
 
     Returns
     -------
@@ -56,10 +60,11 @@ def fold(
     start = min(fold.start for fold in folds)
     with full_precision(keys.device):
         raw = rotation.unrotate((keys[:, :, start:], values[:, :, start:]), start)
-        for each in folds:
+        for place, each in enumerate(folds):
             first, last = each.start - start, each.stop - start
             entries = raw[0][:, :, first:last], raw[1][:, :, first:last]
-            span = Span(*entries, each.keep, layer_idx, each.start)
+            handed = {} if shared is None else shared[place]
+            span = Span(*entries, each.keep, layer_idx, each.start, shared=handed)
             if queries is not None:
                 held = start + raw[0].shape[2]
                 recent = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries

@@ -146,7 +146,8 @@ class FreqKVLayer(EntriesLayer):
             asked = Queries(queries[:, :, -count:], self.scaling)
         else:
             asked = None
-        return fold(folds, keys, values, rotation, self.compressor, self.layer_idx, asked, self.takes_span)
+        shared = part.shared(group)
+        return fold(folds, keys, values, rotation, self.compressor, self.layer_idx, asked, self.takes_span, shared)
 
     def fold_now(self, part: Part, rotation: SlotRotation) -> None:
         """Fold before the tokens of a part enter; until they are in, the layer is not intact."""

@@ -8,7 +8,7 @@ that take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -33,9 +33,18 @@ class Call:
         Columns of the call, padding included.
     token_mask : Tensor, optional
         `(batch, tokens)` bool on the CPU, True where not padding; None where nothing is.
+    shared : dict, optional
+        What compressors hand from layer to layer, see :meth:`Part.shared`; empty where the layers have one call in common.
     """
 
-    def __init__(self, before: tuple[int, ...], tokens: int, token_mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        before: tuple[int, ...],
+        tokens: int,
+        token_mask: Tensor | None = None,
+        shared: MutableMapping[Any, Any] | None = None,
+    ) -> None:
+        self.shared = {} if shared is None else shared
         self.before = before
         self.batch = len(before)
         self.tokens = tokens
@@ -200,6 +209,13 @@ class Part:
             with torch.inference_mode(False):
                 self._memo[key] = make()
         return self._memo[key]  # type: ignore[no-any-return]
+
+    def shared(self, group: int) -> list[dict[Any, Any]]:
+        """For each fold of group `group` of `folds`, what its compressor hands from layer to layer of the same schedule."""
+        key = repr(self.schedule), self.number, group
+        if key not in self.call.shared:
+            self.call.shared[key] = [{} for _ in self.folds[group][0]]
+        return self.call.shared[key]  # type: ignore[no-any-return]
 
     def selection(self, last: int, device: torch.device) -> Run | Packing | None:
         """Where its tokens are among the last `last` columns of the call; None where it is the call as it is.

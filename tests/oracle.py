@@ -52,13 +52,28 @@ def most_attended(keys, values, keep, queries, first_query, first, rotate, scali
     return np.stack(kept_keys), np.stack(kept_values)
 
 
+def most_novel(keys, keep, pool, lead):
+    """Places of the entries whose keys `(kv_heads, n, dim)` are the least like the others, by leverage."""
+    kv_heads, n, dim = keys.shape
+    scores = np.zeros(n)
+    for head in range(kv_heads):
+        mean = sum(keys[head]) / n
+        moments = sum(np.outer(key - mean, key - mean) for key in keys[head])
+        inverse = np.linalg.inv(moments + 1e-3 * np.trace(moments) / dim * np.eye(dim))
+        scores += [(key - mean) @ inverse @ (key - mean) / kv_heads for key in keys[head]]
+    half = pool // 2
+    pooled = np.array([scores[max(0, i - half) : i + half + 1].mean() for i in range(n)])
+    worth = np.array([pooled[i : i + lead + 1].max() for i in range(n)])
+    return np.sort(sorted(range(n), key=lambda i: (-worth[i], -i))[:keep])
+
+
 def llama_logits(
-    model, tokens, window, sinks, ratio, recents, squeeze=low_pass, attended=None, schedule=None
+    model, tokens, window, sinks, ratio, recents, squeeze=low_pass, attended=None, schedule=None, novel=None
 ) -> np.ndarray:
     """Logits `(tokens, vocabulary)` of one sequence.
 
     `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
-    `(start, stop, keep)` before a token in place of the paper's.
+    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer)` selects by novelty.
     """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
@@ -84,6 +99,7 @@ def llama_logits(
         return [(sinks, window - recents, int(span * ratio))] if entries == window else []
 
     for number, token in enumerate(tokens):
+        chosen = {}  # places that layers keep before this token
         x = weights["model.embed_tokens.weight"][int(token)]
         for layer in range(config.num_hidden_layers):
             w = layers[layer]
@@ -92,10 +108,15 @@ def llama_logits(
             k = (w["self_attn.k_proj.weight"] @ h).reshape(kv_heads, dim)
             v = (w["self_attn.v_proj.weight"] @ h).reshape(kv_heads, dim)
             folds = folds_before(number, keys[layer].shape[1])
-            for start, stop, keep in folds:
+            for place, (start, stop, keep) in enumerate(folds):
                 entries = keys[layer].shape[1]
                 spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
-                if attended is None:
+                if novel is not None:
+                    leader = layer if novel[2] is None or layer < novel[2] else novel[2]
+                    if leader == layer:
+                        chosen[layer, place] = most_novel(spans[0], keep, *novel[:2])
+                    kept = [held[:, chosen[leader, place]] for held in spans]
+                elif attended is None:
                     kept = [squeeze(span, keep) for span in spans]
                 else:
                     last = queries[layer][-attended[0] :][-entries:]

@@ -189,7 +189,7 @@ def test_a_name_with_numbers_is_the_cache_of_these_numbers(spec, compressor):
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("nothing", "no method 'nothing'.*full, recent.*attended with numbers"),
+        ("nothing", "no method 'nothing'.*full, recent.*novel with numbers"),
         ("", "no method ''"),
         ("attended", "no method 'attended'"),  # asks for a number of queries
         ("full:recent_tokens=8", "no method 'full:recent_tokens=8'"),

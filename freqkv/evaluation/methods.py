@@ -7,6 +7,7 @@ A method of one's own is one line::
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from freqkv.cache import FreqKVCache
 from freqkv.compressors import (
     Compressor,
-    KeepAttended,
     compressor_name,
     keep_recent,
     low_pass_entries,
     mean_pool,
     queries_wanted,
 )
+from freqkv.selection import KeepAttended, KeepNovel
 
 __all__ = ["METHODS", "Method", "cache_bytes", "freqkv_method", "method", "register", "window_of_equal_bytes"]
 
@@ -163,12 +164,13 @@ def freqkv_method(name: str, compressor: Compressor = low_pass_entries, **number
     return Method(name, make)
 
 
-# Which compressor stands behind a name; `queries` and `pool` go to the ones that have them.
+# Which compressor stands behind a name; those that are classes take numbers of their own.
 COMPRESSORS: dict[str, Compressor | type] = {
     "freqkv": low_pass_entries,
     "recent": keep_recent,
     "mean": mean_pool,
     "attended": KeepAttended,
+    "novel": KeepNovel,
 }
 
 
@@ -178,7 +180,7 @@ def method(spec: str) -> Method:
     Parameters
     ----------
     spec : str
-        A name in `METHODS`; or ``freqkv``, ``recent``, ``mean`` or ``attended`` with numbers behind a colon:
+        A name in `METHODS`; or ``freqkv``, ``recent``, ``mean``, ``attended`` or ``novel`` with numbers behind a colon:
         ``"freqkv:recent_tokens=64,retain_ratio=0.25"``, ``"attended:queries=16,recent_tokens=0.25"``. `recent_tokens` below 1
         is a share of the window.
 
@@ -209,7 +211,8 @@ def method(spec: str) -> Method:
         if not equals:
             raise ValueError(f"method {spec!r}: {part!r} is not name=number")
     compressor = COMPRESSORS[name]
-    own = {key: given.pop(key) for key in ("queries", "pool") if key in given} if isinstance(compressor, type) else {}
+    fields = {field.name for field in dataclasses.fields(compressor)} if isinstance(compressor, type) else set()
+    own = {key: given.pop(key) for key in fields & set(given)}
     if unknown := set(given) - {"sink_tokens", "retain_ratio", "recent_tokens"}:
         raise ValueError(f"method {spec!r}: it has no number {', '.join(sorted(unknown))}")
     return freqkv_method(spec, compressor(**own) if isinstance(compressor, type) else compressor, **given)

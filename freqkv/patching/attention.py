@@ -28,7 +28,7 @@ from freqkv.patching.methods import Method
 from freqkv.patching.outputs import joined, spread_weights, unpacked
 from freqkv.patching.queries import recording
 from freqkv.patching.shared_kv import SharedEntries
-from freqkv.patching.state import PatchState, Wrapper
+from freqkv.patching.state import PatchState, Wrapper, first_tensor
 
 __all__ = ["AttentionForward"]
 
@@ -87,7 +87,8 @@ class AttentionForward(Wrapper):
             # A layer that reads the entries of another one may get the last tokens of the call only.
             reads = shared_kv is not None and self.layer.reads_shared
             total = shared_kv.tokens if reads and shared_kv is not None else tokens
-            call = Call((0,) * hidden_states.shape[0], total)
+            shared = self.state.shared_by_layers(kwargs) if layers[0].takes_span else None
+            call = Call((0,) * hidden_states.shape[0], total, shared=shared)
             window, keeps_mask = self.state.window(), self.state.fits(total)
             prepared = list(self._prepared(kwargs, call.parts(layers[0].schedule), layers, window, keeps_mask, None))
         else:
@@ -212,7 +213,7 @@ class AttentionForward(Wrapper):
 
     def _positions(self, kwargs: dict[str, Any], part: Part, width: int, table: Any) -> dict[str, Any]:
         """What tells the module the slots of a part."""
-        given = _first(kwargs.get("position_embeddings"))
+        given = first_tensor(kwargs.get("position_embeddings"))
         device = kwargs["hidden_states"].device
         slots = part.slots_of(width, device)
         if given is not None and table is not None:
@@ -225,7 +226,7 @@ class AttentionForward(Wrapper):
 
     def _step_arguments(self, kwargs: dict[str, Any], step: CompiledStep) -> dict[str, Any]:
         """The positions of a single token, as tensors."""
-        given = _first(kwargs.get("position_embeddings"))
+        given = first_tensor(kwargs.get("position_embeddings"))
         if given is not None and self.kind in step.tables:
             return {"position_embeddings": step.embeddings(self.kind, given.dtype)}
         return {"position_ids": step.slot[None]} if self.layer.positions == "position_ids" else {}
@@ -235,10 +236,6 @@ class AttentionForward(Wrapper):
         if len(prepared) > 1 or any(isinstance(each.selection, Packing) for each in prepared):
             rows = all(each.part.everyone for each in prepared)
             check_whole_call(self.layer.module, rows=rows, tokens=False)
-
-
-def _first(given: Any) -> Tensor | None:
-    return given if given is None or isinstance(given, Tensor) else given[0]
 
 
 def _per_token(kwargs: dict[str, Any], tokens: int, take: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:

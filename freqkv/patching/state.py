@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from freqkv.cache import FreqKVCache
@@ -22,7 +23,12 @@ from freqkv.patching.queries import check_gives_queries
 from freqkv.patching.tables import Tables
 from freqkv.schedule import Schedule, Schedules, schedule_of
 
-__all__ = ["PatchState", "Settings", "Wrapper"]
+__all__ = ["PatchState", "Settings", "Wrapper", "first_tensor"]
+
+
+def first_tensor(given: Any) -> Tensor | None:
+    """Of an argument that is a tensor, several, or None."""
+    return given if given is None or isinstance(given, Tensor) else given[0]
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class PatchState:
         self.tables = Tables(analysis.layers)
         self.masks = Masks()
         self.settings: Settings | None = None
+        self._shared = WeakTensorKeyDictionary()
 
     @cached_property
     def makes_all_masks(self) -> bool:
@@ -144,6 +151,16 @@ class PatchState:
         kind = FreqKVHybridLayer if layer.hybrid else FreqKVLayer
         schedule = self.settings.schedule_of(layer.layer_idx)
         return kind(schedule, self.settings.compressor, layer.layer_idx, for_one_call=True)
+
+    def shared_by_layers(self, kwargs: dict[str, Any]) -> dict[Any, Any]:
+        """What compressors hand from layer to layer, of a call without a cache that a module was called in with `kwargs`.
+
+        All layers of a call get the same tensor of positions, and get it again where gradient checkpointing runs them again.
+        """
+        positions = first_tensor(kwargs.get("position_embeddings"))
+        if positions is None:
+            positions = kwargs.get("position_ids")
+        return {} if positions is None else self._shared.setdefault(positions, {})  # type: ignore[no-any-return, no-untyped-call]
 
     def config_of(self, module: nn.Module) -> Any:
         """The configuration that a module goes by."""

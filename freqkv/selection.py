@@ -1,0 +1,175 @@
+"""Compressors that keep some entries as they are, by a score: attention, or novelty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from freqkv.compressors import Pair, Span
+
+__all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
+
+RIDGE = 1e-3  # of the mean variance: a span may have fewer entries than a key has channels
+_TINY = 1e-30  # where all keys are the same
+
+
+@dataclass(frozen=True)
+class KeepAttended:
+    """Keep the entries that the last queries attend to most, for each KV head; they stay in order.
+
+    The score of an entry is the attention that it gets from the last `queries` queries (:meth:`Span.attention`), averaged
+    over them and over the query heads of its KV head, then over the `pool` entries around it, as in SnapKV
+    (arXiv 2404.14469). Which entries are kept has no gradient; keys and values have theirs.
+
+    Parameters
+    ----------
+    queries : int
+        How many queries have a say.
+    pool : int
+        Width of the average along the sequence, odd; 1 for none.
+    """
+
+    queries: int = 64
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        _check_counts(queries=self.queries, pool=self.pool)
+        _check_odd(self.pool)
+
+    def __call__(self, span: Span) -> Pair:
+        with torch.no_grad():
+            weights = span.attention()
+            rows, kv_heads, n, _ = span.keys.shape
+            scores = _pooled(weights.reshape(rows, kv_heads, -1, n).mean(dim=2), self.pool)
+            kept = best(scores, span.keep)
+        return keep_entries(span, kept)
+
+    @property
+    def __name__(self) -> str:
+        return "keep_attended" if self == keep_attended else f"keep_attended(queries={self.queries}, pool={self.pool})"
+
+
+@dataclass(frozen=True)
+class KeepNovel:
+    """Keep the passages that are least like the rest of the span; the same tokens in all heads, in order.
+
+    The novelty of an entry is the leverage of its key (:func:`leverage`), averaged over the KV heads, then over the `pool`
+    entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
+    to something new is kept with it. No queries are needed. Which entries are kept has no gradient; keys and values have
+    theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
+
+    In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
+
+    Parameters
+    ----------
+    pool : int
+        Width of the average along the sequence, odd; 1 for none.
+    lead : int
+        How many entries in front of a novel one are worth as much as it; 0 for none.
+    layer : int, optional
+        Layers behind this one keep the tokens that it keeps; those before it choose for themselves, as all do by default. All
+        of them need the same schedule.
+    """
+
+    pool: int = 7
+    lead: int = 8
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_counts(pool=self.pool)
+        _check_odd(self.pool)
+        for name in ("lead", "layer"):
+            value = getattr(self, name)
+            if name == "layer" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+
+    def __call__(self, span: Span) -> Pair:
+        if self.layer is None or span.layer_idx < self.layer:
+            return keep_entries(span, self._chosen(span))
+        if span.layer_idx == self.layer:
+            span.shared[self] = self._chosen(span)
+        elif self not in span.shared:
+            raise ValueError(
+                f"layer {span.layer_idx} is to keep what layer {self.layer} keeps, which is not there: it has to be a "
+                "compressed layer of the same schedule before it and, in calls without a cache, on the same device. Pass "
+                "KeepNovel another layer=, or none"
+            )
+        return keep_entries(span, span.shared[self].to(span.keys.device))
+
+    @torch.no_grad()
+    def _chosen(self, span: Span) -> Tensor:
+        scores = _pooled(leverage(span.keys).mean(dim=1, keepdim=True), self.pool)
+        if self.lead:
+            ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
+            scores = functional.max_pool1d(ahead.flatten(0, 1), self.lead + 1, stride=1).unflatten(0, scores.shape[:2])
+        return best(scores, span.keep)
+
+    @property
+    def __name__(self) -> str:
+        return (
+            "keep_novel"
+            if self == keep_novel
+            else f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer})"
+        )
+
+
+def leverage(keys: Tensor) -> Tensor:
+    """How far each key is from the mean of all, measured by how far keys usually are in that direction.
+
+    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with a `lambda` of a thousandth of the mean variance.
+
+    Parameters
+    ----------
+    keys : Tensor
+        `(..., n, head_dim)`.
+
+    Returns
+    -------
+    Tensor
+        `(..., n)`, from 0 to 1; without the ridge it would add up to the rank of `X`.
+    """
+    centred = keys - keys.mean(dim=-2, keepdim=True)
+    moments = centred.mT @ centred
+    ridge = RIDGE * moments.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + _TINY
+    moments = moments + ridge[..., None, None] * torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device)
+    solved: Tensor = torch.linalg.solve(moments, centred.mT)
+    return (centred * solved.mT).sum(dim=-1)
+
+
+def keep_entries(span: Span, kept: Tensor) -> Pair:
+    """The entries of a span at the places `kept`, `(rows, kv_heads or 1, keep)`."""
+    places = kept[..., None]
+    return span.keys.take_along_dim(places, dim=2), span.values.take_along_dim(places, dim=2)
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """The places of the `keep` highest scores, in order; of equal ones the last. `(..., n)` to `(..., keep)`."""
+    back = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return (scores.shape[-1] - 1 - back).sort(dim=-1).values
+
+
+def _pooled(scores: Tensor, width: int) -> Tensor:
+    """Averages over `width` neighbours; at the ends over those that are there."""
+    if width == 1:
+        return scores
+    return functional.avg_pool1d(scores, width, stride=1, padding=width // 2, count_include_pad=False)
+
+
+def _check_counts(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _check_odd(pool: int) -> None:
+    if pool % 2 == 0:
+        raise ValueError(f"pool={pool} must be odd, so that entries stand in the middle")
+
+
+keep_attended = KeepAttended()
+keep_novel = KeepNovel()
