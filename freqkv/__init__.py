@@ -6,12 +6,14 @@ from freqkv.config import FreqKVConfig
 from freqkv.errors import CacheFileError, UnsupportedModelError
 from freqkv.models.support import Support, supported
 from freqkv.patching.handle import Patch, patch, unpatch
+from freqkv.presets import PRESETS, Preset
 from freqkv.schedule import Fold, FreqKVSchedule, Schedule
 from freqkv.selection import KeepAttended, KeepNovel, keep_attended, keep_novel
 from freqkv.transform import dct, idct, low_pass
 from freqkv.version import __version__
 
 __all__ = [
+    "PRESETS",
     "CacheFileError",
     "Compressor",
     "Fold",
@@ -21,6 +23,7 @@ __all__ = [
     "KeepAttended",
     "KeepNovel",
     "Patch",
+    "Preset",
     "Schedule",
     "Span",
     "Support",

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from freqkv import session
 from freqkv.compiled import CompiledStep
 from freqkv.compressors import Compressor, check_compressor, compressor_name, low_pass_entries, queries_wanted
-from freqkv.config import FreqKVConfig, geometry, make_config, with_schedule
+from freqkv.config import FreqKVConfig, geometry, with_schedule
 from freqkv.forward import Forward
 from freqkv.layer import FreqKVHybridLayer, FreqKVLayer
 from freqkv.models.kinds import layer_kinds
 from freqkv.models.rules import rule_for, with_base
+from freqkv.presets import preset_or_numbers
 from freqkv.schedule import Schedule, Schedules, check_layers, schedule_of
 from freqkv.tracked import TrackedCache
 
@@ -40,6 +41,9 @@ class FreqKVCache(TrackedCache):
     schedule : Schedule or dict of int to Schedule, optional
         When entries are folded: one schedule for all layers, in place of the numbers, or those of some layers by their
         index. The paper's by default. See `freqkv.schedule`.
+    preset : str, optional
+        `"paper"`, `"streaming"` (sinks and the most recent tokens) or `"recommended"`: a compressor with its numbers, see
+        `freqkv.PRESETS`. Numbers and a compressor that are given beside it take the place of its own.
     static : bool
         For `torch.compile`: single tokens go through graphs of fixed shapes, which are compiled once. They attend to whole
         buffers under a mask, so that it does not pay without compilation. `generate` compiles with such a cache where it does
@@ -82,6 +86,7 @@ class FreqKVCache(TrackedCache):
         recent_tokens: int | None = None,
         compressor: Compressor | None = None,
         schedule: Schedules | None = None,
+        preset: str | None = None,
         static: bool = False,
         offloading: bool = False,
     ) -> None:
@@ -96,8 +101,16 @@ class FreqKVCache(TrackedCache):
             raise TypeError(
                 f"pass model.config of the model that will use the cache, not a {type(model_config).__name__}"
             )
-        chosen = make_config(
-            config, window=window, sink_tokens=sink_tokens, retain_ratio=retain_ratio, recent_tokens=recent_tokens
+        chosen, compressor = preset_or_numbers(
+            preset,
+            model_config,
+            config,
+            compressor,
+            schedule,
+            window=window,
+            sink_tokens=sink_tokens,
+            retain_ratio=retain_ratio,
+            recent_tokens=recent_tokens,
         )
         chosen = with_schedule(chosen, schedule)
         self.config = (chosen or FreqKVConfig()).resolve(model_config)

@@ -16,7 +16,7 @@ PACKAGE = Path(freqkv.__file__).parent
 MODULES = """
 version errors transform schedule
 models models.upstream models.modules models.rules models.adapters models.kinds models.states
-rotary rotation parts padding history compressors selection config
+rotary rotation parts padding history compressors selection config presets
 folding buffers rollback entries layer tracked hiding forward compiled
 models.observation models.calibration models.layers models.analysis models.support models.fingerprint
 files session cache

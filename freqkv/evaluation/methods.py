@@ -8,6 +8,7 @@ A method of one's own is one line::
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -218,12 +219,18 @@ def method(spec: str) -> Method:
     return freqkv_method(spec, compressor(**own) if isinstance(compressor, type) else compressor, **given)
 
 
+def _preset(name: str, model_config: PreTrainedConfig, window: int) -> Cache:
+    return FreqKVCache(model_config, preset=name, window=window)
+
+
 def _full(model_config: PreTrainedConfig, window: int) -> Cache:
     return DynamicCache(config=model_config)
 
 
 def _register_own() -> None:
     register("full", _full, bounded=False)
+    for name in ("streaming", "recommended"):
+        register(name, functools.partial(_preset, name))
     for each in (
         freqkv_method("recent", keep_recent),
         freqkv_method("recent-r8", keep_recent, recent_tokens=1 / 8),

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from freqkv.compressors import Compressor, check_compressor, low_pass_entries
-from freqkv.config import FreqKVConfig, make_config, with_schedule
+from freqkv.config import FreqKVConfig, with_schedule
 from freqkv.models.analysis import analyse
 from freqkv.models.kinds import layer_kinds
 from freqkv.models.support import find_model
@@ -18,6 +18,7 @@ from freqkv.patching.decoder import DecoderForward, ModelForward
 from freqkv.patching.generation import PrepareCache, PrepareInputs
 from freqkv.patching.methods import replace_method, replacements, restore_methods
 from freqkv.patching.state import PatchState, Settings, Wrapper
+from freqkv.presets import preset_or_numbers
 from freqkv.schedule import Schedules, check_layers
 
 __all__ = ["Patch", "find_state", "patch", "unpatch"]
@@ -33,13 +34,14 @@ def patch(
     recent_tokens: int | None = None,
     compressor: Compressor | None = None,
     schedule: Schedules | None = None,
+    preset: str | None = None,
 ) -> Patch:
     """Make this model instance work with :class:`FreqKVCache`.
 
     Without a config, only calls that bring a `FreqKVCache` are touched. With a config, given whole or by its numbers, or with a
-    compressor or a schedule, calls that bring no cache at all run the method too: over the whole input without a cache
-    (`use_cache=False`, differentiable), or with a `FreqKVCache` made for the call. A call that brings another cache is never
-    touched.
+    compressor, a schedule or a preset, calls that bring no cache at all run the method too: over the whole input without a
+    cache (`use_cache=False`, differentiable), or with a `FreqKVCache` made for the call. A call that brings another cache is
+    never touched.
 
     Patching again gives the model the numbers of the last call.
 
@@ -47,7 +49,7 @@ def patch(
     ----------
     model : PreTrainedModel
         A decoder-only model with rotary position embeddings, or one of PEFT, DDP or `torch.compile` around it.
-    config, window, sink_tokens, retain_ratio, recent_tokens, compressor, schedule
+    config, window, sink_tokens, retain_ratio, recent_tokens, compressor, schedule, preset
         See :class:`FreqKVConfig` and :class:`FreqKVCache`; `FreqKVConfig()` stands for the defaults.
 
     Returns
@@ -64,8 +66,16 @@ def patch(
         If the numbers cannot work together.
     """
     model = find_model(model)
-    chosen = make_config(
-        config, window=window, sink_tokens=sink_tokens, retain_ratio=retain_ratio, recent_tokens=recent_tokens
+    chosen, compressor = preset_or_numbers(
+        preset,
+        model.config,
+        config,
+        compressor,
+        schedule,
+        window=window,
+        sink_tokens=sink_tokens,
+        retain_ratio=retain_ratio,
+        recent_tokens=recent_tokens,
     )
     chosen = with_schedule(chosen, schedule)
     if chosen is None and compressor is not None:

@@ -1,0 +1,109 @@
+"""Presets: a name for numbers and a compressor that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from freqkv.compressors import Compressor, keep_recent, low_pass_entries
+from freqkv.config import FreqKVConfig, make_config
+from freqkv.models.kinds import layer_kinds
+from freqkv.schedule import Schedules
+from freqkv.selection import KeepNovel
+
+__all__ = ["PRESETS", "Preset", "choosing_layer", "preset_or_numbers"]
+
+DEPTH = 0.2  # of the layers, where keys tell novel passages from others: see examples/results/retention.md
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Numbers and a compressor.
+
+    Attributes
+    ----------
+    name : str
+    about : str
+        What it keeps, in a sentence.
+    compressor : callable
+        ``model_config -> compressor``.
+    numbers : dict
+        Those of :class:`FreqKVConfig` that differ from its defaults; `recent_tokens` as a share of the window.
+    """
+
+    name: str
+    about: str
+    compressor: Callable[[Any], Compressor]
+    numbers: Mapping[str, float]
+
+    def config(self, window: int, **given: Any) -> FreqKVConfig:
+        """The numbers for a window, with those that are given in their place."""
+        numbers: dict[str, Any] = dict(self.numbers)
+        if "recent_tokens" in numbers:
+            numbers["recent_tokens"] = int(window * numbers["recent_tokens"])
+        return FreqKVConfig(**{**numbers, **given, "window": window})
+
+
+def choosing_layer(model_config: Any) -> int:
+    """The compressed layer at a fifth of the depth."""
+    compressed = [index for index, kind in enumerate(layer_kinds(model_config)) if kind.compressed]
+    return compressed[min(round(DEPTH * len(compressed)), len(compressed) - 1)]
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "paper",
+            "the low frequencies of all that lies behind the sinks (FreqKV as published)",
+            lambda model_config: low_pass_entries,
+            {},
+        ),
+        Preset(
+            "streaming",
+            "sinks and the most recent tokens (StreamingLLM)",
+            lambda model_config: keep_recent,
+            {"retain_ratio": 0.875},
+        ),
+        Preset(
+            "recommended",
+            "sinks, the most recent half of the window, and the passages that are least like the rest (KeepNovel)",
+            lambda model_config: KeepNovel(layer=choosing_layer(model_config)),
+            {"retain_ratio": 0.75, "recent_tokens": 0.5},
+        ),
+    )
+}
+"""All presets by name."""
+
+
+def preset_or_numbers(
+    preset: str | None,
+    model_config: Any,
+    config: FreqKVConfig | None,
+    compressor: Compressor | None,
+    schedule: Schedules | None,
+    **numbers: float | None,
+) -> tuple[FreqKVConfig | None, Compressor | None]:
+    """Configuration and compressor from what an entry point was given; None for what was not.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset, or if it comes with a config or a schedule.
+    """
+    if preset is None:
+        return make_config(config, **numbers), compressor
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}: take one of {', '.join(PRESETS)}")
+    for name, value in (("config", config), ("schedule", schedule)):
+        if value is not None:
+            raise ValueError(
+                f"preset={preset!r} brings its own numbers, and so does {name}: give one of them. Single numbers beside a "
+                "preset, such as recent_tokens=64, take the place of its own"
+            )
+    given = {name: value for name, value in numbers.items() if value is not None}
+    window = FreqKVConfig(given.pop("window", None)).resolve(model_config).window  # type: ignore[arg-type]
+    assert window is not None
+    chosen = PRESETS[preset]
+    return chosen.config(window, **given), chosen.compressor(model_config) if compressor is None else compressor
