@@ -58,7 +58,8 @@ class KeepNovel:
 
     The novelty of an entry is the leverage of its key (:func:`leverage`), averaged over the KV heads, then over the `pool`
     entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
-    to something new is kept with it. No queries are needed. Which entries are kept has no gradient; keys and values have
+    to something new is kept with it. The last `lead + pool // 2` entries wait for the next fold, which sees what they lead to.
+    No queries are needed. Which entries are kept has no gradient; keys and values have
     theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
@@ -107,6 +108,8 @@ class KeepNovel:
         if self.lead:
             ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
             scores = functional.max_pool1d(ahead.flatten(0, 1), self.lead + 1, stride=1).unflatten(0, scores.shape[:2])
+        waiting = min(self.lead + self.pool // 2, scores.shape[-1])
+        scores[..., scores.shape[-1] - waiting :] = torch.inf
         return best(scores, span.keep)
 
     @property

@@ -64,6 +64,7 @@ def most_novel(keys, keep, pool, lead):
     half = pool // 2
     pooled = np.array([scores[max(0, i - half) : i + half + 1].mean() for i in range(n)])
     worth = np.array([pooled[i : i + lead + 1].max() for i in range(n)])
+    worth[max(0, n - lead - half) :] = np.inf  # what they lead to is not there yet
     return np.sort(sorted(range(n), key=lambda i: (-worth[i], -i))[:keep])
 
 

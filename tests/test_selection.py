@@ -53,7 +53,8 @@ def test_layers_behind_the_one_that_chooses_keep_its_tokens():
     for compressor in (ALONE, LED):
         feed(model, ids, new_cache(model, noting(compressor)), [])
     places = {
-        c: [[int((keys[0, 0] == k).all(-1).nonzero()) for k in made[0, 0]] for keys, made in found] for c, found in kept.items()
+        c: [[int((keys[0, 0] == k).all(-1).nonzero()) for k in made[0, 0]] for keys, made in found]
+        for c, found in kept.items()
     }
     assert places[ALONE][0] == places[LED][0] == places[LED][1] != places[ALONE][1]
 
@@ -247,8 +248,10 @@ def test_what_leads_to_something_new_is_kept_with_it():
     keys += 1e-3 * torch.randn(keys.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     keys[..., 20, :] = 1.0
     places = torch.arange(30.0, dtype=torch.float64).view(1, 1, 30, 1)
-    kept = KeepNovel(pool=1, lead=3)(Span(keys, places, 4))[1].flatten().tolist()
-    assert kept == [17, 18, 19, 20] == most_novel(keys[0].numpy(), 4, 1, 3).tolist()
+    kept = KeepNovel(pool=1, lead=3)(Span(keys, places, 7))[1].flatten().tolist()
+    assert kept == [17, 18, 19, 20, 27, 28, 29] == most_novel(keys[0].numpy(), 7, 1, 3).tolist()
+    kept = KeepNovel(pool=1, lead=3)(Span(keys, places, 2))[1].flatten().tolist()
+    assert kept == [28, 29], "the last ones wait for what they lead to"
 
 
 def test_numbers_are_checked():
