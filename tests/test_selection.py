@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import tiny_llama, tokens
 from oracle import llama_logits, most_novel
 from strategies import Tiers
-from test_compressors import N, NUMBERS, double, feed, new_cache, padded, same
+from test_compressors import NUMBERS, N, double, feed, new_cache, padded, same
 
 import freqkv
 from freqkv import FreqKVCache, KeepNovel, Span, keep_novel, keep_recent
@@ -224,7 +224,8 @@ def new_cache_bytes(model, ids):
 def test_leverage_is_the_loop_and_lies_between_0_and_1(n, dim, seed):
     keys = torch.randn(2, n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scores = leverage(keys)
-    assert bool((scores >= -1e-12).all()) and bool((scores <= 1 + 1e-12).all())
+    assert bool((scores >= -1e-12).all())
+    assert bool((scores <= 1 + 1e-12).all())
     centred = keys[0] - keys[0].mean(0)
     moments = centred.mT @ centred
     ridge = 1e-3 * moments.trace() / dim + 1e-30
