@@ -7,13 +7,14 @@ from freqkv.errors import CacheFileError, UnsupportedModelError
 from freqkv.models.support import Support, supported
 from freqkv.patching.handle import Patch, patch, unpatch
 from freqkv.presets import PRESETS, Preset
+from freqkv.recommendation import Recommendation, recommend
 from freqkv.schedule import Fold, FreqKVSchedule, Schedule
 from freqkv.selection import KeepAttended, KeepNovel, keep_attended, keep_novel
+from freqkv.settings import Settings
 from freqkv.transform import dct, idct, low_pass
 from freqkv.version import __version__
 
 __all__ = [
-    "PRESETS",
     "CacheFileError",
     "Compressor",
     "Fold",
@@ -22,9 +23,12 @@ __all__ = [
     "FreqKVSchedule",
     "KeepAttended",
     "KeepNovel",
+    "PRESETS",
     "Patch",
     "Preset",
+    "Recommendation",
     "Schedule",
+    "Settings",
     "Span",
     "Support",
     "UnsupportedModelError",
@@ -38,6 +42,7 @@ __all__ = [
     "low_pass_entries",
     "mean_pool",
     "patch",
+    "recommend",
     "supported",
     "unpatch",
 ]

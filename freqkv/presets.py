@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +28,28 @@ class Preset:
         What it keeps, in a sentence.
     compressor : callable
         ``model_config -> compressor``.
-    numbers : dict
-        Those of :class:`FreqKVConfig` that differ from its defaults; `recent_tokens` as a share of the window.
+    recent : float
+        The default of `recent_tokens`, as a share of the window.
+    folds : int or None
+        How often entries are folded while as many tokens enter as a window holds, which gives the default of `retain_ratio`;
+        None for the default of :class:`FreqKVConfig`.
     """
 
     name: str
     about: str
     compressor: Callable[[Any], Compressor]
-    numbers: Mapping[str, float]
+    recent: float = 0.0
+    folds: int | None = None
 
     def config(self, window: int, **given: Any) -> FreqKVConfig:
         """The numbers for a window, with those that are given in their place."""
-        numbers: dict[str, Any] = dict(self.numbers)
-        if "recent_tokens" in numbers:
-            numbers["recent_tokens"] = int(window * numbers["recent_tokens"])
-        return FreqKVConfig(**{**numbers, **given, "window": window})
+        numbers = {"recent_tokens": int(window * self.recent), **given, "window": window}
+        if self.folds is not None and "retain_ratio" not in given:
+            between = FreqKVConfig(**numbers).schedule.fold  # what is folded does not hang on the ratio
+            span = between.stop - between.start
+            freed = min(max(1, round(window / self.folds)), span - 1)
+            numbers["retain_ratio"] = (span - freed + 0.5) / span  # rounded down to whole entries
+        return FreqKVConfig(**numbers)
 
 
 def choosing_layer(model_config: Any) -> int:
@@ -58,19 +65,19 @@ PRESETS: dict[str, Preset] = {
             "paper",
             "the low frequencies of all that lies behind the sinks (FreqKV as published)",
             lambda model_config: low_pass_entries,
-            {},
         ),
         Preset(
             "streaming",
             "sinks and the most recent tokens (StreamingLLM)",
             lambda model_config: keep_recent,
-            {"retain_ratio": 0.875},
+            folds=8,
         ),
         Preset(
             "recommended",
-            "sinks, the most recent half of the window, and the passages that are least like the rest (KeepNovel)",
+            "sinks, the most recent quarter of the window, and the passages that are least like the rest (KeepNovel)",
             lambda model_config: KeepNovel(layer=choosing_layer(model_config)),
-            {"retain_ratio": 0.75, "recent_tokens": 0.5},
+            recent=0.25,
+            folds=8,
         ),
     )
 }

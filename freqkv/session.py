@@ -21,9 +21,6 @@ from freqkv.compressors import (
     Compressor,
     check_compressor,
     compressor_parameters,
-    keep_recent,
-    low_pass_entries,
-    mean_pool,
 )
 from freqkv.config import FreqKVConfig, geometry
 from freqkv.entries import LayerState
@@ -39,7 +36,7 @@ from freqkv.models.fingerprint import (
 )
 from freqkv.models.states import load_state, sizes, state_of
 from freqkv.schedule import Schedule, Schedules
-from freqkv.selection import KeepAttended, KeepNovel
+from freqkv.settings import compressor_of, name_of
 from freqkv.version import __version__
 
 __all__ = ["load_cache", "save_cache"]
@@ -48,11 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Version 1 is that of FreqKV 0.1.0: the paper's schedule, and buffers of the whole window.
 READS, WRITES = (1, 2), 2
-SHIPPED = {function.__name__: function for function in (low_pass_entries, keep_recent, mean_pool)}
-SHIPPED_CLASSES: dict[str, type[Any]] = {
-    "keep_attended": KeepAttended,
-    "keep_novel": KeepNovel,
-}  # with numbers of their own
 
 
 def save_cache(cache: Any, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
@@ -216,19 +208,17 @@ def _in_words(schedules: list[Any]) -> str:
 
 def _compressor_name(compressor: Compressor) -> str:
     """The same in every process, unlike `repr`."""
-    for name, kind in SHIPPED_CLASSES.items():
-        if type(compressor) is kind:
-            return name
-    name = getattr(compressor, "__name__", type(compressor).__name__)
-    return name if SHIPPED.get(name) is compressor else f"{name} (custom)"
+    own = getattr(compressor, "__name__", type(compressor).__name__)
+    return name_of(compressor) or f"{own} (custom)"
 
 
 def _chosen_compressor(path: Any, header: dict[str, Any], given: Compressor | None) -> Compressor:
     stored, numbers = header["compressor"], header.get("compressor_parameters", {})
-    if given is None and stored in SHIPPED:
-        return SHIPPED[stored]
-    if given is None and stored in SHIPPED_CLASSES:
-        return SHIPPED_CLASSES[stored](**numbers)  # type: ignore[no-any-return]
+    if given is None:
+        try:
+            return compressor_of(stored, **numbers)
+        except ValueError:
+            pass
     if given is None:
         raise CacheFileError(f"{path} was compressed by {stored}, which is not FreqKV's own: pass it as compressor=")
     own = _compressor_name(check_compressor(given)), plain(compressor_parameters(given))

@@ -16,7 +16,7 @@ PACKAGE = Path(freqkv.__file__).parent
 MODULES = """
 version errors transform schedule
 models models.upstream models.modules models.rules models.adapters models.kinds models.states
-rotary rotation parts padding history compressors selection config presets
+rotary rotation parts padding history compressors selection config settings presets
 folding buffers rollback entries layer tracked hiding forward compiled
 models.observation models.calibration models.layers models.analysis models.support models.fingerprint
 files session cache
@@ -25,6 +25,7 @@ evaluation.records evaluation
 patching patching.methods patching.masks patching.shared_kv patching.right_padding patching.outputs
 patching.tables patching.queries patching.state patching.inputs patching.attention patching.decoder
 patching.generation patching.handle
+recommendation
 """
 ORDER = MODULES.split()
 OPTIONAL = {"deepspeed"}  # imported where a model brings it along
