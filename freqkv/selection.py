@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from freqkv.compressors import Pair, Span
+from freqkv.compressors import Pair, Span, keep_recent
 
 __all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
 
@@ -71,8 +71,8 @@ class KeepNovel:
     lead : int
         How many entries in front of a novel one are worth as much as it; 0 for none.
     layer : int, optional
-        Layers behind this one keep the tokens that it keeps; those before it choose for themselves, as all do by default. All
-        of them need the same schedule.
+        Layers behind this one keep the tokens that it keeps, those before it the most recent ones; all of them need the same
+        schedule. By default each layer chooses for itself.
     """
 
     pool: int = 7
@@ -90,8 +90,10 @@ class KeepNovel:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
 
     def __call__(self, span: Span) -> Pair:
-        if self.layer is None or span.layer_idx < self.layer:
+        if self.layer is None:
             return keep_entries(span, self._chosen(span))
+        if span.layer_idx < self.layer:
+            return keep_recent(span.keys, span.values, span.keep)
         if span.layer_idx == self.layer:
             span.shared[self] = self._chosen(span)
         elif self not in span.shared:

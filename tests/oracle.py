@@ -114,7 +114,9 @@ def llama_logits(
                 spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
                 if novel is not None:
                     leader = layer if novel[2] is None or layer < novel[2] else novel[2]
-                    if leader == layer:
+                    if novel[2] is not None and layer < novel[2]:
+                        chosen[layer, place] = np.arange(stop - start - keep, stop - start)
+                    elif leader == layer:
                         chosen[layer, place] = most_novel(spans[0], keep, *novel[:2])
                     kept = [held[:, chosen[leader, place]] for held in spans]
                 elif attended is None:
