@@ -14,7 +14,7 @@ import time
 
 import torch
 from corpus import held_out_documents
-from loading import Formatter, add_cache_arguments, add_model_arguments, cache_config, load
+from loading import Formatter, add_cache_arguments, add_model_arguments, cache_settings, load
 from tqdm import tqdm
 
 import freqkv
@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=150)
     args = parser.parse_args()
     model, tokenizer = load(args)
-    config = cache_config(args, model)
+    settings = cache_settings(args, model)
+    config = settings.config
     freqkv.patch(model)
 
     ids = tokenizer("\n".join(text for _, text in held_out_documents()), return_tensors="pt")["input_ids"][0]
@@ -47,7 +48,7 @@ def main() -> None:
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     started = time.perf_counter()
-    cache = FreqKVCache(model.config, config)
+    cache = FreqKVCache(model.config, **settings.options)
     together = model.generate(batch, attention_mask=mask, **{CACHE: cache}, **options)[:, longest:]
     seconds = time.perf_counter() - started
     print(cache)
@@ -55,7 +56,7 @@ def main() -> None:
     started = time.perf_counter()
     alone = []
     for row in tqdm(rows, "alone", unit="row"):
-        one = model.generate(row[None], **{CACHE: FreqKVCache(model.config, config)}, **options)
+        one = model.generate(row[None], **{CACHE: FreqKVCache(model.config, **settings.options)}, **options)
         alone.append(one[0, len(row) :])
     one_by_one = time.perf_counter() - started
 

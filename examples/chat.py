@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from loading import SHIPPED, Formatter, add_cache_arguments, add_model_arguments, cache_config, load
+from loading import SHIPPED, Formatter, add_cache_arguments, add_model_arguments, cache_settings, load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer, set_seed
 
 import freqkv
-from freqkv import CacheFileError, FreqKVCache, FreqKVConfig
+from freqkv import CacheFileError, FreqKVCache, Settings
 from freqkv.models.upstream import CACHE
 
 COMMANDS = "/save [FILE], /load [FILE], /reset, /memory, /quit; Ctrl-C ends an answer"
@@ -80,10 +80,10 @@ class Chat:
     """A conversation: a model, its tokenizer, and the cache, which is all that is kept of earlier turns."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: FreqKVConfig, sampling: dict[str, Any]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, sampling: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.cache = FreqKVCache(model.config, config)
+        self.cache = FreqKVCache(model.config, **settings.options)
         self.stop = StopOnInterrupt(tokenizer)
         ends = model.generation_config.eos_token_id
         self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -187,7 +187,7 @@ def main() -> None:
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": not args.greedy}
     if not args.greedy:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    chat = Chat(model, tokenizer, cache_config(args, model), sampling)
+    chat = Chat(model, tokenizer, cache_settings(args, model), sampling)
     if args.model == str(SHIPPED):
         print(ABOUT_SHIPPED)
     elif tokenizer.chat_template is None:

@@ -14,6 +14,7 @@ The numbers of the cache are written beside the adapter (freqkv.json), with a mo
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -34,6 +35,7 @@ from corpus import VALIDATION, held_out_documents, training_documents
 from loading import SHIPPED, SMOLLM2, SMOLLM2_HUB, Formatter, load_tokenizer, plain_weights, source
 from measuring import read_text
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -46,13 +48,15 @@ from transformers import (
 )
 
 import freqkv
-from freqkv import FreqKVCache, FreqKVConfig
+from freqkv import PRESETS, FreqKVCache, FreqKVConfig, Settings
+from freqkv.compressors import compressor_name
 from freqkv.evaluation import bits_per_byte, byte_lengths, token_losses
 
 EXTRA = 'pip install "freqkv[train]"'
 IGNORED = -100  # the label of a token that is not learnt
 STEPS, SFT_EPOCHS = 1000, 5
-COMPRESSORS = ("low_pass_entries", "keep_recent", "mean_pool", "keep_attended")  # names in freqkv
+COMPRESSORS = ("low_pass_entries", "keep_recent", "mean_pool", "keep_attended", "keep_novel")  # names in freqkv
+LOGITS_AT_ONCE = 256  # tokens whose predictions are compared at a time: a large vocabulary takes much memory
 SHARDS = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate launch
 # Of Stanford Alpaca, for tokenizers without a chat template.
 PROMPT = (
@@ -78,18 +82,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     group = parser.add_argument_group("cache")
     group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
-    group.add_argument("--sink-tokens", type=int, default=4, help="first tokens, never compressed")
-    group.add_argument("--retain-ratio", type=float, default=0.5, help="share of a compressed span that is kept")
     group.add_argument(
-        "--recent-tokens", type=int, default=0, help="last tokens that wait one compression; the paper: 0"
+        "--preset",
+        choices=PRESETS,
+        default="paper",
+        help="a compressor with its numbers, which those given here override",
     )
-    group.add_argument(
-        "--compressor", choices=COMPRESSORS, default="low_pass_entries", help="what a span is compressed by"
-    )
+    group.add_argument("--sink-tokens", type=int, help="first tokens, never compressed")
+    group.add_argument("--retain-ratio", type=float, help="share of a compressed span that is kept")
+    group.add_argument("--recent-tokens", type=int, help="last tokens that wait one compression; the paper: 0")
+    group.add_argument("--compressor", choices=COMPRESSORS, help="what a span is compressed by")
     group.add_argument(
         "--plain",
         action="store_true",
         help="train with full attention, as a rival",
+    )
+    group.add_argument(
+        "--teacher",
+        action="store_true",
+        help="learn to predict behind the window what the model predicts with full attention (KL), in place of the text",
     )
 
     group = parser.add_argument_group("data")
@@ -168,6 +179,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--text and --dataset exclude each other")
     if args.text is None and args.dataset is None and (args.model != str(SHIPPED) or args.recipe == "sft"):
         parser.error("give what to train on with --text or --dataset")
+    if args.teacher and (args.plain or args.recipe == "sft"):
+        parser.error("--teacher is for --recipe lm, and excludes --plain")
+    if args.teacher and args.length <= 1:
+        parser.error("--teacher learns from tokens behind the window: --length must be above 1")
     if sorted(set(args.eval_lengths)) != args.eval_lengths or args.eval_lengths[0] <= 0:
         parser.error("--eval-lengths must rise")
     return args
@@ -461,6 +476,13 @@ class FreqKVTrainer(Trainer):
     """A Trainer that evaluates by streaming held-out text through a cache, position by position."""
 
     measure: Measure | None = None
+    teacher: Teacher | None = None
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.teacher(model, inputs["input_ids"])
+        return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         if self.measure is None:
@@ -473,6 +495,44 @@ class FreqKVTrainer(Trainer):
         return metrics
 
 
+class Teacher:
+    """The divergence of a model that runs through FreqKV from itself with full attention and before its training.
+
+    Parameters
+    ----------
+    window : int
+        What is predicted from the token at this place on is compared: before it, both see the same.
+    other : PreTrainedModel, optional
+        A copy of the untrained model; by default its adapters are switched off.
+    """
+
+    def __init__(self, window: int, other: nn.Module | None = None) -> None:
+        self.window, self.other = window, other
+
+    def __call__(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Mean KL(teacher || model) in nats per token, of `(batch, tokens)` ids."""
+        with torch.no_grad():
+            wanted = self._logits(model, ids)
+        own = model(input_ids=ids, use_cache=False).logits[:, self.window :]
+        parts = zip(own.split(LOGITS_AT_ONCE, dim=1), wanted.split(LOGITS_AT_ONCE, dim=1), strict=True)
+        total = sum(
+            F.kl_div(x.float().log_softmax(-1), y.float().log_softmax(-1), reduction="sum", log_target=True)
+            for x, y in parts
+        )
+        return total / own[..., 0].numel()
+
+    def _logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        if self.other is not None:
+            return self.other(input_ids=ids, use_cache=False).logits[:, self.window :]
+        adapted = next(module for module in model.modules() if hasattr(module, "disable_adapter"))
+        model.eval()  # no dropout
+        try:
+            with freqkv.patch(model), adapted.disable_adapter():  # without numbers: full attention
+                return model(input_ids=ids, use_cache=False).logits[:, self.window :]
+        finally:
+            model.train()
+
+
 class Measure:
     """Perplexity and bits per byte of held-out sequences between each two lengths, at the memory of one cache.
 
@@ -483,13 +543,12 @@ class Measure:
         self,
         tokenizer: PreTrainedTokenizerBase,
         ids: Tensor,
-        config: FreqKVConfig,
-        compressor: freqkv.Compressor,
+        settings: Settings,
         lengths: Sequence[float],
         quiet: bool,
     ) -> None:
-        self.ids, self.config, self.compressor = ids.long(), config, compressor
-        self.edges = [0, *(round(length * config.window) for length in lengths)]
+        self.ids, self.settings = ids.long(), settings
+        self.edges = [0, *(round(length * settings.config.window) for length in lengths)]
         self.names = [f"{a:g}N_to_{b:g}N" for a, b in itertools.pairwise([0, *lengths])]
         try:
             self.lengths = byte_lengths(tokenizer, self.ids)
@@ -501,8 +560,8 @@ class Measure:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         parts = []
         for row in self.ids:
-            cache = FreqKVCache(model.config, self.config, compressor=self.compressor)
-            parts.append(token_losses(model, row[None], cache, chunk_size=self.config.window))
+            cache = FreqKVCache(model.config, **self.settings.options)
+            parts.append(token_losses(model, row[None], cache, chunk_size=self.settings.config.window))
         losses = torch.cat(parts).cpu()
         metrics = {"loss": losses.mean().item()}
         for name, (start, stop) in zip(self.names, itertools.pairwise(self.edges), strict=True):
@@ -559,7 +618,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def load(args: argparse.Namespace, config: FreqKVConfig | None = None) -> nn.Module:
+def load(args: argparse.Namespace) -> nn.Module:
     """The model, patched and with what is trained."""
     # FSDP keeps the weights of a layer as one piece, of one dtype.
     lower = not args.full and torch.cuda.is_available() and not SHARDS
@@ -573,11 +632,10 @@ def load(args: argparse.Namespace, config: FreqKVConfig | None = None) -> nn.Mod
     )
     if options:
         plain_weights(model)
-    config = numbers(args, model.config)
     if args.plain:
         freqkv.patch(model)  # only for the cache that it is measured through
     else:
-        freqkv.patch(model, config, compressor=getattr(freqkv, args.compressor))
+        freqkv.patch(model, **cache_settings(args, model.config).options)
     return model if args.full else lora(model, args)
 
 
@@ -589,11 +647,37 @@ def check_unused(folder: Path) -> None:
         raise SystemExit(f"{folder} holds {left[0]} of an earlier run: --resume it, or name another --output")
 
 
-def numbers(args: argparse.Namespace, model_config: Any) -> FreqKVConfig:
+def cache_settings(args: argparse.Namespace, model_config: Any) -> Settings:
+    """Those of the command line; ends the script where they contradict."""
+    preset = PRESETS[args.preset]
+    names = ("sink_tokens", "retain_ratio", "recent_tokens")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
-        return FreqKVConfig(args.window, args.sink_tokens, args.retain_ratio, args.recent_tokens).resolve(model_config)
+        window = FreqKVConfig(args.window).resolve(model_config).window
+        config = preset.config(window, **given).resolve(model_config)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    own = preset.compressor(model_config) if args.compressor is None else getattr(freqkv, args.compressor)
+    return Settings(config, own)
+
+
+def check_teacher(args: argparse.Namespace, config: FreqKVConfig, model: nn.Module) -> None:
+    """That the model can teach: full attention knows no more than its context."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if args.teacher and context and args.length * config.window > context:
+        raise SystemExit(
+            f"--teacher: sequences of {args.length:g} windows, {round(args.length * config.window)} tokens, leave the model's "
+            f"context of {context}, where full attention teaches nothing: take a smaller --window or --length"
+        )
+    if args.teacher and SHARDS:
+        raise SystemExit("--teacher does not run on sharded weights (FSDP): launch without this config")
+
+
+def untrained(model: nn.Module) -> nn.Module:
+    """A copy of a model that is trained as a whole, to learn from."""
+    copied = copy.deepcopy(model)
+    freqkv.unpatch(copied)
+    return copied.eval().requires_grad_(False)
 
 
 def main(arguments: Sequence[str] | None = None) -> Trainer:
@@ -605,7 +689,9 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     quiet = not training.should_log
     tokenizer = load_tokenizer(args)
     model = load(args)
-    config = numbers(args, model.config)
+    settings = cache_settings(args, model.config)
+    config = settings.config
+    check_teacher(args, config, model)
     options: dict[str, Any] = {}
     if args.recipe == "sft":
         rows, held = instruction_data(args, tokenizer, config.window, quiet)
@@ -628,17 +714,20 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     trainer = FreqKVTrainer(model=model, args=training, processing_class=tokenizer, **options)
     if SHARDS and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise SystemExit("accelerate shards (FSDP) on several accelerators only: launch on CPUs without this config")
+    if args.teacher:
+        trainer.teacher = Teacher(config.window, untrained(model) if args.full else None)
+        trainer.model_accepts_loss_kwargs = False  # means of equal batches, which the Trainer averages
     if args.recipe == "lm":
-        trainer.measure = Measure(tokenizer, held, config, getattr(freqkv, args.compressor), args.eval_lengths, quiet)
+        trainer.measure = Measure(tokenizer, held, settings, args.eval_lengths, quiet)
     trainer.train(resume_from_checkpoint={None: None, "last": True}.get(args.resume, args.resume))
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if not evaluated or evaluated[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    save(args, trainer, config, len(rows))
+    save(args, trainer, settings, len(rows))
     return trainer
 
 
-def save(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, sequences: int) -> None:
+def save(args: argparse.Namespace, trainer: Trainer, settings: Settings, sequences: int) -> None:
     """The adapter, or all weights, with tokenizer, numbers of the cache, and model card."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
@@ -646,12 +735,13 @@ def save(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
     trainer.save_model(str(args.output))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(args.output / "trainer_state.json"))
-        (args.output / "freqkv.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        (args.output / "README.md").write_text(card(args, trainer, config, sequences))
+        settings.save(args.output)
+        (args.output / "README.md").write_text(card(args, trainer, settings, sequences))
         print(f"written to {args.output}")
 
 
-def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, sequences: int) -> str:
+def card(args: argparse.Namespace, trainer: Trainer, settings: Settings, sequences: int) -> str:
+    config = settings.config
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     names = [name for name in evaluated[-1] if name.startswith("eval_") and not name.endswith(("runtime", "second"))]
     table = "\n".join(
@@ -666,8 +756,8 @@ def card(args: argparse.Namespace, trainer: Trainer, config: FreqKVConfig, seque
     )  # fmt: skip
     if args.plain:
         how += "; with full attention over the sequences, not through the cache"
-    elif args.compressor != "low_pass_entries":
-        how += f"; through the cache with `compressor=freqkv.{args.compressor}`"
+    if args.teacher:
+        how += "; to predict behind the window what the untrained model predicts with full attention (KL)"
     base = "model" if args.full else "adapter"
     loading = (
         f'model = AutoModelForCausalLM.from_pretrained("{args.output}")'
@@ -689,17 +779,15 @@ tags: [freqkv, long-context]
 
 # {Path(args.model).name}, fine-tuned with FreqKV
 
-This {base} was trained with [FreqKV](https://arxiv.org/abs/2505.00570) in its forward: it has learnt to read keys and values
-that were low-passed along the sequence. Use it with the same numbers, which stand in `freqkv.json`: {config}.
+This {base} was trained with [FreqKV](https://arxiv.org/abs/2505.00570) in its forward: it has learnt to read a cache of bounded
+size. Use it with the same settings, which stand in `freqkv.json`: {config}, {compressor_name(settings.compressor)}.
 
 ```python
-import json
 from transformers import AutoModelForCausalLM
 {imports}import freqkv
 
 {loading}
-numbers = freqkv.FreqKVConfig(**json.load(open("{args.output}/freqkv.json")))
-freqkv.patch(model, numbers)
+freqkv.patch(model, **freqkv.Settings.load("{args.output}").options)
 ```
 
 ## Training

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from corpus import held_out_documents
-from loading import SHIPPED, TUNED, Formatter, add_cache_arguments, add_model_arguments, cache_config, load
+from loading import SHIPPED, TUNED, Formatter, add_cache_arguments, add_model_arguments, cache_settings, load
 from tqdm import tqdm
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
@@ -124,9 +124,10 @@ def main() -> None:
     args = parse_arguments()
     set_seed(args.seed)
     model, tokenizer = load(args)
-    config = cache_config(args, model)
+    settings = cache_settings(args, model)
+    config = settings.config
     freqkv.patch(model)
-    cache = FreqKVCache(model.config, config)
+    cache = FreqKVCache(model.config, **settings.options)
     streamer = TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = (
         {"do_sample": False}

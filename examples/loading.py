@@ -18,8 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from freqkv import FreqKVConfig
+from freqkv import PRESETS, FreqKVConfig, Settings
 from freqkv.evaluation import environment
+from freqkv.settings import FILE
 
 SHIPPED = Path(__file__).resolve().parent / "tiny_lm"
 TUNED = Path(__file__).resolve().parent / "tiny_lm_tuned"
@@ -48,6 +49,9 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "cache",
         "Of a model that was fine-tuned with FreqKV, the numbers beside its weights (freqkv.json) are the defaults.",
+    )
+    group.add_argument(
+        "--preset", choices=PRESETS, help="a compressor with its numbers, which those given here override"
     )
     group.add_argument("--window", type=int, help="entries per layer; the model's context length by default")
     group.add_argument("--sink-tokens", type=int, help="first tokens, never compressed; 4 by default")
@@ -156,20 +160,24 @@ def _not_there(args: argparse.Namespace, error: OSError) -> SystemExit:
     return SystemExit(f"--model {args.model}: {error}")
 
 
-def cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
-    """The numbers of the command line, with defaults from beside the model; ends the script where they contradict."""
+def cache_settings(args: argparse.Namespace, model: PreTrainedModel) -> Settings:
+    """Those of the command line, with defaults from beside the model; ends the script where they contradict."""
     try:
-        return _cache_config(args, model)
+        return _cache_settings(args, model)
     except (TypeError, ValueError) as error:
         raise SystemExit(str(error)) from None
 
 
-def _cache_config(args: argparse.Namespace, model: PreTrainedModel) -> FreqKVConfig:
+def _cache_settings(args: argparse.Namespace, model: PreTrainedModel) -> Settings:
     names = [field.name for field in dataclasses.fields(FreqKVConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    beside = cached_file(source(args)[0], "freqkv.json", _raise_exceptions_for_missing_entries=False)
+    if args.preset is not None:
+        preset = PRESETS[args.preset]
+        window = FreqKVConfig(given.pop("window", None)).resolve(model.config).window
+        return Settings(preset.config(window, **given), preset.compressor(model.config))
+    beside = cached_file(source(args)[0], FILE, _raise_exceptions_for_missing_entries=False)
     if beside is not None:
-        return FreqKVConfig(**json.loads(Path(beside).read_text()) | given).resolve(model.config)
+        stored = Settings.load(beside)
+        return Settings(dataclasses.replace(stored.config, **given).resolve(model.config), stored.compressor)
     window = FreqKVConfig(args.window).resolve(model.config).window
-    assert window is not None
-    return FreqKVConfig(**{"recent_tokens": window // 8} | given | {"window": window})
+    return Settings(FreqKVConfig(**{"recent_tokens": window // 8} | given | {"window": window}))

@@ -67,7 +67,7 @@ def test_it_is_evaluated_before_while_and_after(run):
 def test_the_adapter_loads(run, shipped):
     """With the numbers beside it, and gives the figures that the run ended with: computed here by one forward."""
     folder, trainer = run
-    numbers = FreqKVConfig(**json.loads((folder / "freqkv.json").read_text()))
+    numbers = freqkv.Settings.load(folder).config
     assert numbers == NUMBERS
     model = PeftModel.from_pretrained(base(shipped), folder)
     freqkv.patch(model, numbers)
@@ -97,10 +97,61 @@ def test_what_is_trained(run):
 def test_the_defaults_are_the_paper_s():
     args = finetune.parse_arguments([])
     assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.length) == (8, 16, 2e-5, 2)
-    assert (args.sink_tokens, args.retain_ratio, args.recent_tokens) == (4, 0.5, 0)
+    config = base(EXAMPLES / "tiny_lm").config
+    settings = finetune.cache_settings(args, config)
+    assert settings == freqkv.Settings(FreqKVConfig(512, 4, 0.5, 0), freqkv.low_pass_entries)
     training = finetune.training_arguments(args)
     assert training.max_steps == 1000
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_teacher_is_the_untrained_model_with_full_attention(full, tmp_path, shipped, monkeypatch):
+    """The loss is the KL of what two models of transformers' own say; training lowers it, and leaves the numbers beside it."""
+    losses = []
+    compute = finetune.Teacher.__call__
+
+    def checked(teacher, model, ids):
+        loss = compute(teacher, model, ids)
+        if len(losses) in (0, 5):
+            with torch.no_grad():
+                wanted = base(shipped).eval()(input_ids=ids).logits[:, 64:].double().log_softmax(-1)
+                was_training, own = model.training, model.eval()(input_ids=ids, use_cache=False).logits[:, 64:].double()
+                model.train(was_training)
+            expected = (wanted.exp() * (wanted - own.log_softmax(-1))).sum(-1).mean()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(finetune.Teacher, "__call__", checked)
+    text = tmp_path / "text.py"
+    text.write_text("\n".join(f"def area_{i}(width, height):\n    return {i} * width + height\n" for i in range(40)))
+    arguments = [
+        *QUICK, "--epochs", "10", "--teacher", "--preset", "recommended", "--eval-every", "0", "--text", str(text),
+        "--eval-text", str(text), "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    trainer = finetune.main([*arguments, *(["--full", "--learning-rate", "1e-4"] if full else [])])
+    batches = len(losses) // 10
+    assert len(losses) == 10 * batches, "none of them in evaluation"
+    assert sum(losses[-batches:]) < 0.8 * sum(losses[:batches]), "the same text, ten times"
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(sum(losses[:2]) / 2, abs=2e-4), "the mean over batches"
+    settings = freqkv.Settings.load(tmp_path / "run")
+    assert settings.compressor == freqkv.KeepNovel(layer=1)
+    assert settings.config == FreqKVCache(trainer.model.config, preset="recommended", window=64).config
+
+
+def test_what_a_teacher_cannot_do_is_refused(tmp_path, capsys):
+    for arguments, message in (
+        (["--plain"], "excludes --plain"),
+        (["--length", "1"], "--length must be above 1"),
+        (["--recipe", "sft", "--text", "x.json"], "--teacher is for --recipe lm"),
+    ):
+        with pytest.raises(SystemExit):
+            finetune.main([*QUICK, "--teacher", "--output", str(tmp_path), *arguments])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="leave the model's context of 512"):
+        finetune.main([*QUICK, "--teacher", "--length", "9", "--output", str(tmp_path)])
 
 
 def test_the_model_card_tells_how(run):
@@ -420,7 +471,7 @@ def test_evaluation_restores_training_and_streams(shipped, tokenizer):
     model = base(shipped).train()
     freqkv.patch(model, NUMBERS)
     ids = tokenizer("\n".join(f"x_{i} = {i}" for i in range(200)), return_tensors="pt")["input_ids"][:, :256]
-    measure = finetune.Measure(tokenizer, ids, NUMBERS, freqkv.low_pass_entries, [1, 2, 4], quiet=True)
+    measure = finetune.Measure(tokenizer, ids, freqkv.Settings(NUMBERS), [1, 2, 4], quiet=True)
     metrics = measure(model)
     assert model.training
     losses = token_losses(model, ids)[0]

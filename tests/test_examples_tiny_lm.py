@@ -147,10 +147,10 @@ def test_scripts_say_which_number_cannot_be(model):
     parser = argparse.ArgumentParser()
     loading.add_model_arguments(parser)
     loading.add_cache_arguments(parser)
-    assert loading.cache_config(parser.parse_args([]), model) == FreqKVConfig(512, recent_tokens=64)
+    assert loading.cache_settings(parser.parse_args([]), model) == freqkv.Settings(FreqKVConfig(512, recent_tokens=64))
     for arguments, told in ((["--window", "5"], "window=5"), (["--retain-ratio", "2"], "retain_ratio")):
         with pytest.raises(SystemExit, match=told):
-            loading.cache_config(parser.parse_args(arguments), model)
+            loading.cache_settings(parser.parse_args(arguments), model)
 
 
 def test_training_resumes_exactly(tmp_path, monkeypatch, tokenizer):
