@@ -35,7 +35,6 @@ from corpus import VALIDATION, held_out_documents, training_documents
 from loading import SHIPPED, SMOLLM2, SMOLLM2_HUB, Formatter, load_tokenizer, plain_weights, source
 from measuring import read_text
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -50,7 +49,7 @@ from transformers import (
 import freqkv
 from freqkv import PRESETS, FreqKVCache, FreqKVConfig, Settings
 from freqkv.compressors import compressor_name
-from freqkv.evaluation import bits_per_byte, byte_lengths, token_losses
+from freqkv.evaluation import bits_per_byte, byte_lengths, kl_to_reference, token_losses
 
 EXTRA = 'pip install "freqkv[train]"'
 IGNORED = -100  # the label of a token that is not learnt
@@ -515,10 +514,7 @@ class Teacher:
             wanted = self._logits(model, ids)
         own = model(input_ids=ids, use_cache=False).logits[:, self.window :]
         parts = zip(own.split(LOGITS_AT_ONCE, dim=1), wanted.split(LOGITS_AT_ONCE, dim=1), strict=True)
-        total = sum(
-            F.kl_div(x.float().log_softmax(-1), y.float().log_softmax(-1), reduction="sum", log_target=True)
-            for x, y in parts
-        )
+        total = sum(kl_to_reference(x, y).sum() for x, y in parts)
         return total / own[..., 0].numel()
 
     def _logits(self, model: nn.Module, ids: Tensor) -> Tensor:
@@ -649,16 +645,15 @@ def check_unused(folder: Path) -> None:
 
 def cache_settings(args: argparse.Namespace, model_config: Any) -> Settings:
     """Those of the command line; ends the script where they contradict."""
-    preset = PRESETS[args.preset]
-    names = ("sink_tokens", "retain_ratio", "recent_tokens")
+    names = ("window", "sink_tokens", "retain_ratio", "recent_tokens")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
-        window = FreqKVConfig(args.window).resolve(model_config).window
-        config = preset.config(window, **given).resolve(model_config)
+        settings = PRESETS[args.preset].settings(model_config, **given)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    own = preset.compressor(model_config) if args.compressor is None else getattr(freqkv, args.compressor)
-    return Settings(config, own)
+    if args.compressor is None:
+        return settings
+    return dataclasses.replace(settings, compressor=getattr(freqkv, args.compressor))
 
 
 def check_teacher(args: argparse.Namespace, config: FreqKVConfig, model: nn.Module) -> None:

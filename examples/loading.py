@@ -172,9 +172,7 @@ def _cache_settings(args: argparse.Namespace, model: PreTrainedModel) -> Setting
     names = [field.name for field in dataclasses.fields(FreqKVConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.preset is not None:
-        preset = PRESETS[args.preset]
-        window = FreqKVConfig(given.pop("window", None)).resolve(model.config).window
-        return Settings(preset.config(window, **given), preset.compressor(model.config))
+        return PRESETS[args.preset].settings(model.config, **given)
     beside = cached_file(source(args)[0], FILE, _raise_exceptions_for_missing_entries=False)
     if beside is not None:
         stored = Settings.load(beside)

@@ -11,6 +11,7 @@ from freqkv.config import FreqKVConfig, make_config
 from freqkv.models.kinds import layer_kinds
 from freqkv.schedule import Schedules
 from freqkv.selection import KeepNovel
+from freqkv.settings import Settings
 
 __all__ = ["PRESETS", "Preset", "choosing_layer", "preset_or_numbers"]
 
@@ -41,15 +42,23 @@ class Preset:
     recent: float = 0.0
     folds: int | None = None
 
-    def config(self, window: int, **given: Any) -> FreqKVConfig:
-        """The numbers for a window, with those that are given in their place."""
+    def settings(self, model_config: Any, **given: Any) -> Settings:
+        """Of a model; numbers that are given take the place of its own, and the window is by default the model's context.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the numbers cannot work together.
+        """
+        window = FreqKVConfig(given.pop("window", None)).resolve(model_config).window
+        assert window is not None
         numbers = {"recent_tokens": int(window * self.recent), **given, "window": window}
         if self.folds is not None and "retain_ratio" not in given:
             between = FreqKVConfig(**numbers).schedule.fold  # what is folded does not hang on the ratio
             span = between.stop - between.start
             freed = min(max(1, round(window / self.folds)), span - 1)
             numbers["retain_ratio"] = (span - freed + 0.5) / span  # rounded down to whole entries
-        return FreqKVConfig(**numbers)
+        return Settings(FreqKVConfig(**numbers), self.compressor(model_config))
 
 
 def choosing_layer(model_config: Any) -> int:
@@ -110,7 +119,5 @@ def preset_or_numbers(
                 "preset, such as recent_tokens=64, take the place of its own"
             )
     given = {name: value for name, value in numbers.items() if value is not None}
-    window = FreqKVConfig(given.pop("window", None)).resolve(model_config).window  # type: ignore[arg-type]
-    assert window is not None
-    chosen = PRESETS[preset]
-    return chosen.config(window, **given), chosen.compressor(model_config) if compressor is None else compressor
+    chosen = PRESETS[preset].settings(model_config, **given)
+    return chosen.config, chosen.compressor if compressor is None else compressor

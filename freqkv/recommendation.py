@@ -134,17 +134,14 @@ def recommend(
             haystack.sample("single_needle", LENGTH * size, f"recommend {n}", (n + 0.5) / (2 * FACTS))
             for n in range(FACTS)  # all in the first half
         ]
-        alone = Settings(PRESETS["recommended"].config(size), KeepNovel())
+        alone = replace(PRESETS["recommended"].settings(inner.config, window=size), compressor=KeepNovel())
         by_layer = facts_kept(inner, tokenizer, samples, alone)
         usual = choosing_layer(inner.config)
         layer = max(by_layer, key=lambda index: (by_layer[index], index == usual, -index))
-        candidates = {
-            name: Settings(PRESETS[name].config(size), PRESETS[name].compressor(inner.config))
-            for name in ("paper", "streaming")
-        }
+        candidates = {name: PRESETS[name].settings(inner.config, window=size) for name in ("paper", "streaming")}
         for share in RECENT:
-            config = PRESETS["recommended"].config(size, recent_tokens=int(share * size))
-            candidates[f"novel passages, R = {share:g}N"] = Settings(config, KeepNovel(layer=layer))
+            chosen = PRESETS["recommended"].settings(inner.config, window=size, recent_tokens=int(share * size))
+            candidates[f"novel passages, R = {share:g}N"] = replace(chosen, compressor=KeepNovel(layer=layer))
         kl = _divergences(inner, stretches, candidates)
         measured = []
         for name, settings in candidates.items():

@@ -59,8 +59,8 @@ class KeepNovel:
     The novelty of an entry is the leverage of its key (:func:`leverage`), averaged over the KV heads, then over the `pool`
     entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
     to something new is kept with it. The last `lead + pool // 2` entries wait for the next fold, which sees what they lead to.
-    No queries are needed. Which entries are kept has no gradient; keys and values have
-    theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
+    No queries are needed. Which entries are kept has no gradient; keys and values have theirs. Leverage as a score of keys
+    before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
 

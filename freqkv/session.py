@@ -218,9 +218,9 @@ def _chosen_compressor(path: Any, header: dict[str, Any], given: Compressor | No
         try:
             return compressor_of(stored, **numbers)
         except ValueError:
-            pass
-    if given is None:
-        raise CacheFileError(f"{path} was compressed by {stored}, which is not FreqKV's own: pass it as compressor=")
+            raise CacheFileError(
+                f"{path} was compressed by {stored}, which is not FreqKV's own: pass it as compressor="
+            ) from None
     own = _compressor_name(check_compressor(given)), plain(compressor_parameters(given))
     if own != (stored, numbers):
         theirs, ours = (

@@ -2,7 +2,7 @@
 
 from freqkv.evaluation.asking import RecallQuestion, Reply, ask, recall_accuracy
 from freqkv.evaluation.intervals import Interval, paired_bootstrap, wilson_interval
-from freqkv.evaluation.losses import Divergence, PositionBin, bits_per_byte, divergence, token_losses
+from freqkv.evaluation.losses import Divergence, PositionBin, bits_per_byte, divergence, kl_to_reference, token_losses
 from freqkv.evaluation.methods import (
     METHODS,
     Method,
@@ -40,6 +40,7 @@ __all__ = [
     "divergence",
     "environment",
     "freqkv_method",
+    "kl_to_reference",
     "method",
     "paired_bootstrap",
     "recall_accuracy",

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from freqkv.models.upstream import CACHE
 
-__all__ = ["Divergence", "PositionBin", "bits_per_byte", "divergence", "evaluating", "token_losses"]
+__all__ = ["Divergence", "PositionBin", "bits_per_byte", "divergence", "evaluating", "kl_to_reference", "token_losses"]
 
 SLICE = 256  # tokens whose logits are turned into losses at a time: a large vocabulary takes more memory than the model
 
@@ -173,15 +173,30 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses, dim=1)
 
 
+def kl_to_reference(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || logits) of predicted distributions, with its gradient.
+
+    Parameters
+    ----------
+    logits, reference : Tensor, shape (..., vocabulary)
+        What the reference rules out (-inf, as in a padded vocabulary) counts as nothing.
+
+    Returns
+    -------
+    Tensor, shape (...), float32 (float64 for float64 logits)
+        In nats.
+    """
+    own, wanted = _exact(logits).log_softmax(-1), _exact(reference).log_softmax(-1)
+    each = functional.kl_div(own, wanted, reduction="none", log_target=True)
+    return each.masked_fill(wanted == -torch.inf, 0.0).sum(-1)
+
+
 def _compared(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, KL(reference || logits), and whether the likeliest tokens agree, each `(batch, tokens)`."""
     losses, kl, same = [], [], []
     for x, r, y in zip(*(t.split(SLICE, dim=1) for t in (logits, reference, targets)), strict=True):
-        own, wanted = _exact(x).log_softmax(-1), _exact(r).log_softmax(-1)
-        losses.append(-own.gather(-1, y[..., None].long())[..., 0].double())
-        # kl_div counts what the reference rules out (a padded vocabulary) as nothing; below 0 is rounding only.
-        each = functional.kl_div(own, wanted, reduction="none", log_target=True)
-        kl.append(each.masked_fill(wanted == -torch.inf, 0.0).sum(-1).clamp_min(0).double())
+        losses.append(_cross_entropy(x, y))
+        kl.append(kl_to_reference(x, r).clamp_min(0).double())  # below 0 is rounding only
         same.append(x.argmax(-1) == r.argmax(-1))
     return torch.cat(losses, dim=1), torch.cat(kl, dim=1), torch.cat(same, dim=1)
 
