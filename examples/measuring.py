@@ -40,8 +40,8 @@ LABELS = {
     "freqkv-r8": "FreqKV, R = N/8",
     "mean-r8": "mean pooling, R = N/8",
     "attended-r8": "keep attended, R = N/8",
-    "streaming": "streaming: sinks + most recent, eight folds a window",
-    "recommended": "recommended: sinks + novel passages + most recent",
+    "streaming": "preset streaming",
+    "recommended": "preset recommended",
 }
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each.
 STYLES = (
