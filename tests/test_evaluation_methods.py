@@ -32,7 +32,7 @@ from freqkv.evaluation import (
 )
 from freqkv.models.upstream import CACHE
 
-BUILT_IN = ("full", "recent", "recent-r8", "freqkv", "freqkv-r8", "mean-r8", "attended-r8")
+BUILT_IN = ("full", "recent", "recent-r8", "freqkv", "freqkv-r8", "mean-r8", "attended-r8", "streaming", "recommended")
 HEADS = [(4, 2), (4, 1), (4, 4), (6, 2)]
 HEAD_DIM, LAYERS, FLOAT = 16, 2, 4
 

@@ -155,7 +155,7 @@ def test_what_is_fed(template, shipped, model, capsys):
     """Turn by turn, each token of the conversation once, as the template writes it."""
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     tokenizer.chat_template = template
-    talk = chat.Chat(model, tokenizer, CONFIG, {"max_new_tokens": 20, "do_sample": False})
+    talk = chat.Chat(model, tokenizer, freqkv.Settings(CONFIG), {"max_new_tokens": 20, "do_sample": False})
     fed, answers = [], []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
@@ -181,7 +181,7 @@ def test_what_is_fed(template, shipped, model, capsys):
 
 def test_a_model_that_begins_the_next_turn_itself(shipped, model):
     tokenizer = AutoTokenizer.from_pretrained(shipped)
-    talk = chat.Chat(model, tokenizer, CONFIG, {"max_new_tokens": 20, "do_sample": False})
+    talk = chat.Chat(model, tokenizer, freqkv.Settings(CONFIG), {"max_new_tokens": 20, "do_sample": False})
     ids = tokenizer("User: hello\nAssistant: yes\nUser:", return_tensors="pt")["input_ids"]
     assert [bool(talk.stop(ids[:, :n], None)) for n in range(1, ids.shape[1] + 1)] == [False] * (ids.shape[1] - 1) + [
         True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_training_without_a_cache_is_streaming(compressor, checkpointing):
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(grads[0], grads[-1], strict=True):
         assert same(a, b, 1e-8)
+
+
+def test_copies_of_a_patched_model_hand_on_choices_of_their_own():
+    """Among calls of the model that they were copied from."""
+    model, ids = tiny_llama().double(), tokens(3 * N)
+    freqkv.patch(model, **NUMBERS, compressor=LED)
+    expected = model(ids, use_cache=False).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        model(tokens(2 * N, seed=3), use_cache=False)
+        assert torch.equal(twin(ids, use_cache=False).logits, expected)
 
 
 @BOTH

@@ -229,8 +229,6 @@ def _full(model_config: PreTrainedConfig, window: int) -> Cache:
 
 def _register_own() -> None:
     register("full", _full, bounded=False)
-    for name in ("streaming", "recommended"):
-        register(name, functools.partial(_preset, name))
     for each in (
         freqkv_method("recent", keep_recent),
         freqkv_method("recent-r8", keep_recent, recent_tokens=1 / 8),
@@ -240,6 +238,8 @@ def _register_own() -> None:
         freqkv_method("attended-r8", KeepAttended(queries=16), recent_tokens=1 / 8),
     ):
         METHODS[each.name] = each
+    for name in ("streaming", "recommended"):
+        register(name, functools.partial(_preset, name))
 
 
 _register_own()

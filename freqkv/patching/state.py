@@ -81,6 +81,12 @@ class PatchState:
         self.settings: Settings | None = None
         self._shared = WeakTensorKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None}  # of calls under way, by tensors that a copy does not have
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_shared": WeakTensorKeyDictionary()}
+
     @cached_property
     def makes_all_masks(self) -> bool:
         """Whether no layer needs a mask of the decoder."""
