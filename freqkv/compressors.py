@@ -49,6 +49,9 @@ class Span:
         The layer of the cache, counted as the model counts its layers.
     start : int
         The slot of the first entry.
+    following_keys : Tensor or None
+        `(rows, kv_heads, m, head_dim)`: keys before RoPE of the entries behind the span, the most recent ones, which stay as
+        they are. None if nothing is known of them.
     queries : Tensor or None
         `(rows, heads, m, head_dim)`: the last queries before the fold, before RoPE, oldest first, without gradients; None
         unless the compressor asks for them. `m` is the number that it asks for, or that of the tokens since the fold before,
@@ -69,6 +72,7 @@ class Span:
     keep: int
     layer_idx: int = 0
     start: int = 0
+    following_keys: Tensor | None = None
     queries: Tensor | None = None
     query_start: int = 0
     scaling: float = 1.0

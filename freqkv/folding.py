@@ -64,7 +64,8 @@ def fold(
             first, last = each.start - start, each.stop - start
             entries = raw[0][:, :, first:last], raw[1][:, :, first:last]
             handed = {} if shared is None else shared[place]
-            span = Span(*entries, each.keep, layer_idx, each.start, shared=handed)
+            following = raw[0][:, :, last:]
+            span = Span(*entries, each.keep, layer_idx, each.start, following_keys=following, shared=handed)
             if queries is not None:
                 held = start + raw[0].shape[2]
                 recent = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries

@@ -12,7 +12,7 @@ from freqkv.compressors import Pair, Span, keep_recent
 
 __all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
 
-RIDGE = 1e-3  # of the mean variance: a span may have fewer entries than a key has channels
+RIDGE = 1.0  # of the mean variance: directions that few keys take are worth no more than others
 _TINY = 1e-30  # where all keys are the same
 
 
@@ -56,13 +56,14 @@ class KeepAttended:
 class KeepNovel:
     """Keep the passages that are least like the rest of the span; the same tokens in all heads, in order.
 
-    The novelty of an entry is the leverage of its key (:func:`leverage`), averaged over the KV heads, then over the `pool`
-    entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
+    The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind it,
+    averaged over the KV heads, then over the `pool` entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
     to something new is kept with it. The last `lead + pool // 2` entries wait for the next fold, which sees what they lead to.
     No queries are needed. Which entries are kept has no gradient; keys and values have theirs. Leverage as a score of keys
     before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
+    Late layers look facts up less than those in the middle do, and predict better from the most recent entries.
 
     Parameters
     ----------
@@ -73,26 +74,31 @@ class KeepNovel:
     layer : int, optional
         Layers behind this one keep the tokens that it keeps, those before it the most recent ones; all of them need the same
         schedule. By default each layer chooses for itself.
+    last_layer : int, optional
+        The last one that keeps what `layer` keeps; those behind it keep the most recent entries. By default the model's last.
     """
 
     pool: int = 7
     lead: int = 8
     layer: int | None = None
+    last_layer: int | None = None
 
     def __post_init__(self) -> None:
         _check_counts(pool=self.pool)
         _check_odd(self.pool)
-        for name in ("lead", "layer"):
+        for name in ("lead", "layer", "last_layer"):
             value = getattr(self, name)
-            if name == "layer" and value is None:
+            if name != "lead" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+        if self.last_layer is not None and (self.layer is None or self.last_layer < self.layer):
+            raise ValueError(f"last_layer={self.last_layer} must not be before layer={self.layer}, which chooses for it")
 
     def __call__(self, span: Span) -> Pair:
         if self.layer is None:
             return keep_entries(span, self._chosen(span))
-        if span.layer_idx < self.layer:
+        if span.layer_idx < self.layer or (self.last_layer is not None and span.layer_idx > self.last_layer):
             return keep_recent(span.keys, span.values, span.keep)
         if span.layer_idx == self.layer:
             span.shared[self] = self._chosen(span)
@@ -106,7 +112,8 @@ class KeepNovel:
 
     @torch.no_grad()
     def _chosen(self, span: Span) -> Tensor:
-        scores = _pooled(leverage(span.keys).mean(dim=1, keepdim=True), self.pool)
+        novelty = leverage(span.keys, span.following_keys).mean(dim=1, keepdim=True)
+        scores = _pooled(novelty, self.pool)
         if self.lead:
             ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
             scores = functional.max_pool1d(ahead.flatten(0, 1), self.lead + 1, stride=1).unflatten(0, scores.shape[:2])
@@ -116,30 +123,33 @@ class KeepNovel:
 
     @property
     def __name__(self) -> str:
-        return (
-            "keep_novel"
-            if self == keep_novel
-            else f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer})"
-        )
+        if self == keep_novel:
+            return "keep_novel"
+        layers = f"layer={self.layer}" + ("" if self.last_layer is None else f", last_layer={self.last_layer}")
+        return f"keep_novel(pool={self.pool}, lead={self.lead}, {layers})"
 
 
-def leverage(keys: Tensor) -> Tensor:
+def leverage(keys: Tensor, others: Tensor | None = None) -> Tensor:
     """How far each key is from the mean of all, measured by how far keys usually are in that direction.
 
-    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with a `lambda` of a thousandth of the mean variance.
+    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with the mean variance for `lambda`.
 
     Parameters
     ----------
     keys : Tensor
         `(..., n, head_dim)`.
+    others : Tensor, optional
+        `(..., m, head_dim)`: keys beside them, which are among all but get no score.
 
     Returns
     -------
     Tensor
-        `(..., n)`, from 0 to 1; without the ridge it would add up to the rank of `X`.
+        `(..., n)`, from 0 to 1.
     """
-    centred = keys - keys.mean(dim=-2, keepdim=True)
-    moments = centred.mT @ centred
+    every = keys if others is None else torch.cat([keys, others], dim=-2)
+    mean = every.mean(dim=-2, keepdim=True)
+    centred, every = keys - mean, every - mean
+    moments = every.mT @ every
     ridge = RIDGE * moments.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + _TINY
     moments = moments + ridge[..., None, None] * torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device)
     solved: Tensor = torch.linalg.solve(moments, centred.mT)

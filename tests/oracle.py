@@ -52,14 +52,15 @@ def most_attended(keys, values, keep, queries, first_query, first, rotate, scali
     return np.stack(kept_keys), np.stack(kept_values)
 
 
-def most_novel(keys, keep, pool, lead):
-    """Places of the entries whose keys `(kv_heads, n, dim)` are the least like the others, by leverage."""
+def most_novel(keys, following, keep, pool, lead):
+    """Places of the entries whose keys `(kv_heads, n, dim)` are the least like all, those that follow too, by leverage."""
     kv_heads, n, dim = keys.shape
     scores = np.zeros(n)
     for head in range(kv_heads):
-        mean = sum(keys[head]) / n
-        moments = sum(np.outer(key - mean, key - mean) for key in keys[head])
-        inverse = np.linalg.inv(moments + 1e-3 * np.trace(moments) / dim * np.eye(dim))
+        every = [*keys[head], *following[head]]
+        mean = sum(every) / len(every)
+        moments = sum(np.outer(key - mean, key - mean) for key in every)
+        inverse = np.linalg.inv(moments + np.trace(moments) / dim * np.eye(dim))
         scores += [(key - mean) @ inverse @ (key - mean) / kv_heads for key in keys[head]]
     half = pool // 2
     pooled = np.array([scores[max(0, i - half) : i + half + 1].mean() for i in range(n)])
@@ -74,7 +75,7 @@ def llama_logits(
     """Logits `(tokens, vocabulary)` of one sequence.
 
     `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
-    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer)` selects by novelty.
+    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer, last_layer)` selects by novelty.
     """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
@@ -113,11 +114,12 @@ def llama_logits(
                 entries = keys[layer].shape[1]
                 spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
                 if novel is not None:
-                    leader = layer if novel[2] is None or layer < novel[2] else novel[2]
-                    if novel[2] is not None and layer < novel[2]:
+                    pool, lead, first, last = novel
+                    leader = layer if first is None or not first <= layer <= last else first
+                    if first is not None and not first <= layer <= last:
                         chosen[layer, place] = np.arange(stop - start - keep, stop - start)
                     elif leader == layer:
-                        chosen[layer, place] = most_novel(spans[0], keep, *novel[:2])
+                        chosen[layer, place] = most_novel(spans[0], keys[layer][:, stop:], keep, pool, lead)
                     kept = [held[:, chosen[leader, place]] for held in spans]
                 elif attended is None:
                     kept = [squeeze(span, keep) for span in spans]

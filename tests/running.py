@@ -8,7 +8,7 @@ from torch import nn
 
 from freqkv.models.upstream import CACHE
 
-__all__ = ["Float64RMSNorm", "close", "difference", "padded", "rows_of", "stream"]
+__all__ = ["close", "difference", "in_float64", "padded", "rows_of", "stream"]
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def close(logits, truth, bound=3e-4):
     return True
 
 
-class Float64RMSNorm(nn.Module):
+class _Float64RMSNorm(nn.Module):
     """A norm in the dtype of its input; those of transformers are in float32 whatever that is."""
 
     def __init__(self, norm):
@@ -57,3 +57,12 @@ class Float64RMSNorm(nn.Module):
 
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def in_float64(model):
+    """A Llama in float64, its norms as well."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(module, name, _Float64RMSNorm(child))
+    return model.double()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
 import zoo
+from compressing import NUMBERS, N, double, feed, new_cache, padded_ids, same
 from models import ROPE_TYPES, tiny_llama, tokens
 from oracle import llama_logits
 from strategies import Tiers
@@ -26,34 +26,7 @@ from freqkv import (
 )
 from freqkv.models.upstream import CACHE
 
-N = 31
-NUMBERS = {"window": N, "sink_tokens": 3, "recent_tokens": 5}
 ATTENDED = KeepAttended(queries=6, pool=3)
-
-
-@functools.cache
-def double(attention="sdpa", rope="default", **config):
-    """A patched model whose selections do not hang on rounding."""
-    model = tiny_llama(attention=attention, rope=rope, **config).double()
-    freqkv.patch(model)
-    return model
-
-
-def new_cache(model, compressor=ATTENDED, **options):
-    return FreqKVCache(model.config, **{**NUMBERS, **options}, compressor=compressor)
-
-
-@torch.no_grad()
-def feed(model, ids, cache, lengths, **options):
-    outputs, start = [], 0
-    for length in [*lengths, ids.shape[1] - sum(lengths)]:
-        outputs.append(model(ids[:, start : start + length], **{CACHE: cache}, **options).logits)
-        start += length
-    return torch.cat(outputs, 1)
-
-
-def same(a, b, atol=1e-5):  # norms of transformers round to float32
-    return torch.allclose(a, b, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic", "yarn"])
@@ -65,7 +38,7 @@ def test_keep_attended_is_the_float64_loop(heads, kv_heads, rope):
     expected = llama_logits(model, ids[0], *numbers, attended=(6, 3))
     other = llama_logits(model, ids[0], *numbers, squeeze=lambda x, keep: x[:, -keep:])
     freqkv.patch(model)
-    logits = feed(model.double(), ids, new_cache(model), [2 * N, 1, 3])
+    logits = feed(model.double(), ids, new_cache(model, ATTENDED), [2 * N, 1, 3])
     assert abs(logits[0].numpy() - expected).max() <= 1e-4
     assert abs(other - expected).max() > 0.1, "which entries are kept matters"
 
@@ -86,19 +59,19 @@ def test_more_queries_than_tokens_between_two_folds(queries):
 def test_every_backend_and_split(attention):
     ids = tokens(3 * N + 2, batch=2)
     model = double("eager") if attention == "eager" else double("sdpa")
-    expected = feed(model, ids, new_cache(model), [])
+    expected = feed(model, ids, new_cache(model, ATTENDED), [])
     if attention == "flex_attention":  # which takes no float64
         model = tiny_llama(attention=attention)
         freqkv.patch(model)
         exact = tiny_llama(attention="eager")
         freqkv.patch(exact)
-        expected = feed(exact, ids, new_cache(exact), [])
-    whole = feed(model, ids, new_cache(model), [N - 1])
+        expected = feed(exact, ids, new_cache(exact, ATTENDED), [])
+    whole = feed(model, ids, new_cache(model, ATTENDED), [N - 1])
     bound = 1e-4 if attention == "flex_attention" else 1e-5
     assert same(whole, expected, bound)
     if attention != "flex_attention":  # each length is compiled
-        assert same(feed(model, ids, new_cache(model), [1] * 40), expected)
-        assert same(feed(model, ids, new_cache(model), [N + 1, 2, 17]), expected)
+        assert same(feed(model, ids, new_cache(model, ATTENDED), [1] * 40), expected)
+        assert same(feed(model, ids, new_cache(model, ATTENDED), [N + 1, 2, 17]), expected)
 
 
 def test_flash_attention(flash_attention, monkeypatch):
@@ -108,26 +81,17 @@ def test_flash_attention(flash_attention, monkeypatch):
     model.config._attn_implementation = "flash_attention_2"
     for each in (model, exact):
         freqkv.patch(each)
-    expected = feed(exact, ids, new_cache(exact), [])
-    assert same(feed(model, ids, new_cache(model), []), expected, 1e-4)
-    assert same(feed(model, ids, new_cache(model), [1] * 50), expected, 1e-4)
-
-
-def padded(lengths, side="left"):
-    ids = tokens(max(lengths), batch=len(lengths))
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        gap = slice(None, max(lengths) - length) if side == "left" else slice(length, None)
-        mask[row, gap] = 0
-    return ids, mask
+    expected = feed(exact, ids, new_cache(exact, ATTENDED), [])
+    assert same(feed(model, ids, new_cache(model, ATTENDED), []), expected, 1e-4)
+    assert same(feed(model, ids, new_cache(model, ATTENDED), [1] * 50), expected, 1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_padded_batch_are_rows_alone(side):
     model = double()
     lengths = [2 * N + 5, 7, 3 * N + 1]
-    ids, mask = padded(lengths, side)
-    cache = new_cache(model)
+    ids, mask = padded_ids(lengths, side)
+    cache = new_cache(model, ATTENDED)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
         more = tokens(N, batch=3, seed=5)
@@ -137,7 +101,7 @@ def test_rows_of_a_padded_batch_are_rows_alone(side):
             for i in range(N)
         ]
     for row in range(3):
-        alone = new_cache(model)
+        alone = new_cache(model, ATTENDED)
         own = ids[row, mask[row].bool()][None]
         assert same(logits[row, mask[row].bool()], feed(model, own, alone, [])[0])
         assert same(torch.cat(after, 1)[row], feed(model, more[row : row + 1], alone, [5])[0])
@@ -147,9 +111,9 @@ def test_beams_and_rows_that_are_taken():
     model = double()
     ids = tokens(N + 3, batch=2)
     options = {"max_new_tokens": 2 * N, "do_sample": False, "num_beams": 3}
-    batch = model.generate(ids, **{CACHE: new_cache(model)}, **options)
+    batch = model.generate(ids, **{CACHE: new_cache(model, ATTENDED)}, **options)
     for row in range(2):
-        alone = model.generate(ids[row : row + 1], **{CACHE: new_cache(model)}, **options)
+        alone = model.generate(ids[row : row + 1], **{CACHE: new_cache(model, ATTENDED)}, **options)
         assert torch.equal(batch[row], alone[0])
 
 
@@ -159,7 +123,7 @@ def test_cropped_tokens_leave_no_queries(record):
     model = double()
     ids, other = tokens(4 * N), tokens(9, seed=7)
     seen = N + 3  # three tokens after the first fold
-    cache = new_cache(model)
+    cache = new_cache(model, ATTENDED)
     if record:
         cache.activate_past_recording()
     feed(model, ids[:, :seen], cache, [])
@@ -167,8 +131,8 @@ def test_cropped_tokens_leave_no_queries(record):
     kept = seen - 5 if record else seen
     cache.crop(kept - seen - 5)
     logits = feed(model, ids[:, kept:], cache, [2])
-    assert same(logits, feed(model, ids, new_cache(model), [])[:, kept:])
-    cache = new_cache(model)
+    assert same(logits, feed(model, ids, new_cache(model, ATTENDED), [])[:, kept:])
+    cache = new_cache(model, ATTENDED)
     feed(model, ids[:, :seen], cache, [])
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-5)
@@ -178,7 +142,7 @@ def test_cropped_tokens_leave_no_queries(record):
 def test_saved_and_loaded(length, tmp_path):
     model = double()
     ids = tokens(4 * N, batch=2)
-    cache = new_cache(model)
+    cache = new_cache(model, ATTENDED)
     feed(model, ids[:, :length], cache, [length // 2])
     cache.save(tmp_path / "cache", model)
     loaded = FreqKVCache.load(tmp_path / "cache", model)
@@ -194,7 +158,7 @@ def test_saved_and_loaded(length, tmp_path):
 
 def test_a_cache_of_more_than_keys_and_values_counts_its_queries():
     model = double()
-    cache, plain = new_cache(model), new_cache(model, keep_recent)
+    cache, plain = new_cache(model, ATTENDED), new_cache(model, keep_recent)
     for each in (cache, plain):
         feed(model, tokens(2 * N), each, [])
     assert cache.nbytes - plain.nbytes == 2 * 4 * 6 * 16 * 8  # layers, heads, queries, head size, float64
@@ -203,10 +167,10 @@ def test_a_cache_of_more_than_keys_and_values_counts_its_queries():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_without_a_cache_is_streaming(checkpointing):
     model = tiny_llama().double()
-    ids, mask = padded([2 * N + 7, 12, N + 2])
+    ids, mask = padded_ids([2 * N + 7, 12, N + 2])
     labels = ids.masked_fill(mask == 0, -100)
     freqkv.patch(model, **NUMBERS, compressor=ATTENDED)
-    cache = new_cache(model)
+    cache = new_cache(model, ATTENDED)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     model.train()
@@ -234,15 +198,15 @@ def test_below_the_window_nothing_changes():
     with torch.no_grad():
         expected = model(ids, **{CACHE: DynamicCache(config=model.config)}).logits
     freqkv.patch(model)
-    assert torch.equal(feed(model, ids, new_cache(model), []), expected)
+    assert torch.equal(feed(model, ids, new_cache(model, ATTENDED), []), expected)
 
 
 def test_the_attention_implementation_may_change_between_calls():
     model = tiny_llama().double()
     freqkv.patch(model)
     ids = tokens(3 * N)
-    expected = feed(model, ids, new_cache(model), [])
-    cache, logits = new_cache(model), []
+    expected = feed(model, ids, new_cache(model, ATTENDED), [])
+    cache, logits = new_cache(model, ATTENDED), []
     for start, attention in enumerate(("sdpa", "eager", "sdpa")):
         model.set_attn_implementation(attention)
         logits.append(feed(model, ids[:, start * N : (start + 1) * N], cache, []))
@@ -323,7 +287,7 @@ def test_a_schedule_of_several_folds_is_the_float64_loop(compressor):
     assert cache.compressions == schedule.compressions(4 * N) > 4
     with freqkv.patch(model, schedule=schedule, compressor=compressor):
         assert same(model(ids, use_cache=False).logits, logits)
-    rows, mask = padded([3 * N, 9, N + 2])
+    rows, mask = padded_ids([3 * N, 9, N + 2])
     with torch.no_grad():
         cache = FreqKVCache(model.config, schedule=schedule, compressor=compressor)
         together = model(rows, attention_mask=mask, **{CACHE: cache}).logits
@@ -355,7 +319,7 @@ def test_schedules_by_layer(tmp_path):
     spans_before = len(spans)
     assert same(feed(model, ids, new_cache(model, watching(spans), schedule=schedule), [1] * 50), whole)
     assert len(spans) == 2 * spans_before
-    ragged, mask = padded([2 * N, 20])
+    ragged, mask = padded_ids([2 * N, 20])
     with torch.no_grad():
         together = model(
             ragged, attention_mask=mask, **{CACHE: new_cache(model, keep_recent, schedule=schedule)}

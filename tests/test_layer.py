@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ROPE_TYPES, tiny_llama, tokens
 from oracle import llama_logits
-from running import Float64RMSNorm, stream
+from running import in_float64, stream
 from strategies import configs
 from transformers import DynamicCache
 
@@ -53,11 +53,7 @@ def test_logits_equal_the_float64_loop(heads, config):
     assert abs(logits[0].double().numpy() - expected).max() <= 1e-4
     assert cache.compressions > 8
 
-    model = model.double()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if "Norm" in type(child).__name__:
-                setattr(module, name, Float64RMSNorm(child))
+    model = in_float64(model)
     logits = stream(model, ids, FreqKVCache(model.config, config), [3 * config.window])
     assert abs(logits[0].numpy() - expected).max() <= 1e-9
 
@@ -333,11 +329,7 @@ def test_a_schedule_that_is_given_is_executed():
 
 def test_gradients_flow_and_match_finite_differences():
     """Through the low-pass, without a cache, against a numeric derivative in float64."""
-    model = tiny_llama(layers=1, dtype=torch.float64)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if "Norm" in type(child).__name__:
-                setattr(module, name, Float64RMSNorm(child))
+    model = in_float64(tiny_llama(layers=1))
     model.set_attn_implementation("sdpa")  # eager computes its softmax in float32
     freqkv.patch(model, window=9, sink_tokens=1, recent_tokens=2)
     embeddings = torch.randn(1, 25, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

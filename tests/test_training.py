@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, tokens
 from oracle import llama_logits
-from running import Float64RMSNorm, padded, rows_of
+from running import in_float64, padded, rows_of
 from torch import nn
 from transformers import DataCollatorWithFlattening, HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM, Trainer
 from transformers import TrainingArguments as Arguments
@@ -287,11 +287,7 @@ def test_a_compiled_training_step(padding):
 
 def test_gradcheck_of_a_small_stack():
     """Analytic against numeric derivatives of the loss, for embeddings and for the weights that make keys and values."""
-    model = tiny_llama(layers=2, dtype=torch.float64)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if "Norm" in type(child).__name__:
-                setattr(module, name, Float64RMSNorm(child))
+    model = in_float64(tiny_llama(layers=2))
     model.set_attn_implementation("sdpa")  # eager computes its softmax in float32
     freqkv.patch(model.train(), window=7, sink_tokens=1, recent_tokens=1)
     length = 2 * 7 + 3
