@@ -2,8 +2,9 @@
 
 From the setting S = 4, gamma = 0.5, R = N/8, low-pass of keys and values in all layers. Changed are gamma (the share that is
 kept), S (sink tokens), R (recent tokens), N (the window, with its bytes), what is low-passed (keys, values, both), which
-frequencies are kept, and in which layers; beside them sinks + most recent and every other entry (no filter at all). The text
-must fit into the model's context.
+frequencies are kept, and in which layers; beside them sinks + most recent and every other entry (no filter at all). Then,
+folded eight times while a window enters, how many of the entries are low frequencies, the others being the most recent tokens.
+The text must fit into the model's context.
 
     python examples/ablation.py
     python examples/ablation.py --model smollm2 --windows 512 --text-files book1.txt book2.txt
@@ -91,6 +92,25 @@ def in_layers(start: float, stop: float, layers: int) -> Callable[[Span], tuple[
     return compressor
 
 
+def older_low_passed(share: float, layers: int, start: float = 0, stop: float = 1) -> freqkv.Compressor:
+    """Of what is kept, a share of low frequencies in some layers, and the most recent entries as they are."""
+
+    def compressor(span: Span) -> tuple[Tensor, Tensor]:
+        own = start * layers <= span.layer_idx < stop * layers
+        low_passed = round(share * span.keep) if own else 0
+        if not low_passed:
+            return keep_recent(span.keys, span.values, span.keep)
+        exact = span.keep - low_passed
+        older = span.keys.shape[-2] - exact
+
+        def squeezed(x: Tensor) -> Tensor:
+            return torch.cat([low(x[..., :older, :], low_passed), x[..., older:, :]], dim=-2)
+
+        return squeezed(span.keys), squeezed(span.values)
+
+    return compressor
+
+
 def changes(layers: int) -> dict[str, tuple[str, Method]]:
     """Name of each setting: which number or part it changes, and the method."""
 
@@ -131,6 +151,12 @@ def changes(layers: int) -> dict[str, tuple[str, Method]]:
         add("layers", f"low-pass in the {name} third of the layers", compressor=in_layers(start, stop, layers))
     add("layers", "sinks + most recent in all layers", compressor=keep_recent)
     add("layers", "sinks + most recent in all layers, R = 0", compressor=keep_recent, recent_tokens=0)
+    often = {"retain_ratio": 7 / 8, "recent_tokens": 0}
+    for share, told in ((0, "none"), (1 / 8, "1/8"), (1 / 4, "1/4"), (1 / 2, "1/2"), (1, "all")):
+        add("share", f"low-passed of what is kept: {told}", compressor=older_low_passed(share, layers), **often)
+    for third, (start, stop) in enumerate(((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1))):
+        name = f"low-passed: 1/4, in the {('first', 'middle', 'last')[third]} third of the layers"
+        add("share", name, compressor=older_low_passed(1 / 4, layers, start, stop), **often)
     return made
 
 

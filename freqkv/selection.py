@@ -56,11 +56,11 @@ class KeepAttended:
 class KeepNovel:
     """Keep the passages that are least like the rest of the span; the same tokens in all heads, in order.
 
-    The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind it,
-    averaged over the KV heads, then over the `pool` entries around it. An entry counts as much as the most novel one among itself and the `lead` entries behind it: what leads
-    to something new is kept with it. The last `lead + pool // 2` entries wait for the next fold, which sees what they lead to.
-    No queries are needed. Which entries are kept has no gradient; keys and values have theirs. Leverage as a score of keys
-    before RoPE: Compactor (arXiv 2507.08143).
+    The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind
+    it, averaged over the KV heads, then over the `pool` entries around it. An entry counts as much as the most novel one among
+    itself and the `lead` entries behind it: what leads to something new is kept with it. The last `lead + pool // 2` entries
+    wait for the next fold, which sees what they lead to. No queries are needed. Which entries are kept has no gradient; keys
+    and values have theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
     Late layers look facts up less than those in the middle do, and predict better from the most recent entries.
@@ -93,7 +93,9 @@ class KeepNovel:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
         if self.last_layer is not None and (self.layer is None or self.last_layer < self.layer):
-            raise ValueError(f"last_layer={self.last_layer} must not be before layer={self.layer}, which chooses for it")
+            raise ValueError(
+                f"last_layer={self.last_layer} must not be before layer={self.layer}, which chooses for it"
+            )
 
     def __call__(self, span: Span) -> Pair:
         if self.layer is None:

@@ -21,6 +21,7 @@ import measuring
 import perplexity
 import pytest
 import recall
+import scipy.fft
 import spectrum
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
@@ -180,6 +181,20 @@ def test_the_ablations_own_compressors():
     wave = torch.cos(torch.pi * (torch.arange(36.0) + 0.5) * 3 / 36)[:, None]  # the fourth frequency alone
     assert ablation.high_pass(wave, 18).abs().max() < 1e-5
     assert ablation.low(wave, 18).abs().max() > 0.9
+
+
+def test_what_the_ablation_low_passes_before_the_most_recent():
+    keys, values = torch.randn(2, 1, 2, 40, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    span = freqkv.Span(keys, values, 24, layer_idx=2)
+    for share, exact in ((0, 24), (1 / 4, 18), (1, 0)):
+        for made, x in zip(ablation.older_low_passed(share, layers=6)(span), (keys, values), strict=True):
+            assert torch.equal(made[:, :, 24 - exact :], x[:, :, 40 - exact :])
+            coefficients = scipy.fft.dct(x[:, :, : 40 - exact].numpy(), axis=2, norm="ortho")[:, :, : 24 - exact]
+            if exact < 24:
+                expected = scipy.fft.idct(coefficients, axis=2, norm="ortho") * ((24 - exact) / (40 - exact)) ** 0.5
+                assert torch.allclose(made[:, :, : 24 - exact], torch.from_numpy(expected), atol=1e-5)
+    elsewhere = ablation.older_low_passed(1 / 4, 6, 0, 1 / 3)(span)
+    assert torch.equal(elsewhere[0], keys[:, :, 16:])
 
 
 def test_conversations_are_what_the_template_renders(shipped):
