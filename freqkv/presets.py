@@ -83,9 +83,9 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "recommended",
-            "sinks, the most recent quarter of the window, and the passages that are least like the rest (KeepNovel)",
+            "sinks, the most recent two thirds of the window, and the passages that are least like the rest (KeepNovel)",
             lambda model_config: KeepNovel(layer=choosing_layer(model_config)),
-            recent=0.25,
+            recent=2 / 3,
             folds=8,
         ),
     )

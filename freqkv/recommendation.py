@@ -25,7 +25,7 @@ from freqkv.settings import Settings
 __all__ = ["Candidate", "Recommendation", "bytes_per_entry", "facts_kept", "recommend"]
 
 ENOUGH = 0.8  # of the facts that the best layer keeps by itself: settings that keep as many count as keeping facts
-RECENT = (0.25, 0.5)  # shares of the window
+RECENT = (1 / 2, 2 / 3)  # shares of the window
 LENGTH, FACTS, STRETCHES = 4, 4, 2  # windows of a text; texts with a fact; stretches whose predictions are compared
 LEAST = 32  # entries
 
@@ -141,7 +141,7 @@ def recommend(
         candidates = {name: PRESETS[name].settings(inner.config, window=size) for name in ("paper", "streaming")}
         for share in RECENT:
             chosen = PRESETS["recommended"].settings(inner.config, window=size, recent_tokens=int(share * size))
-            candidates[f"novel passages, R = {share:g}N"] = replace(chosen, compressor=KeepNovel(layer=layer))
+            candidates[f"novel passages, R = {share:.2g}N"] = replace(chosen, compressor=KeepNovel(layer=layer))
         kl = _divergences(inner, stretches, candidates)
         measured = []
         for name, settings in candidates.items():

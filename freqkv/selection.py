@@ -12,7 +12,7 @@ from freqkv.compressors import Pair, Span, keep_recent
 
 __all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
 
-RIDGE = 1.0  # of the mean variance: directions that few keys take are worth no more than others
+RIDGE = 2.0  # of the mean variance: a rare direction is worth more than others, up to a point
 _TINY = 1e-30  # where all keys are the same
 
 
@@ -57,13 +57,12 @@ class KeepNovel:
     """Keep the passages that are least like the rest of the span; the same tokens in all heads, in order.
 
     The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind
-    it, averaged over the KV heads, then over the `pool` entries around it. An entry counts as much as the most novel one among
-    itself and the `lead` entries behind it: what leads to something new is kept with it. The last `lead + pool // 2` entries
-    wait for the next fold, which sees what they lead to. No queries are needed. Which entries are kept has no gradient; keys
-    and values have theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
+    it, in the KV head where that is largest, averaged over the `pool` entries around it. An entry counts as much as the most
+    novel one among itself and the `lead` entries behind it: what leads to something new is kept with it. The last
+    `lead + pool // 2` entries wait for the next fold, which sees what they lead to. No queries are needed. Which entries are
+    kept has no gradient; keys and values have theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
-    Late layers look facts up less than those in the middle do, and predict better from the most recent entries.
 
     Parameters
     ----------
@@ -74,33 +73,26 @@ class KeepNovel:
     layer : int, optional
         Layers behind this one keep the tokens that it keeps, those before it the most recent ones; all of them need the same
         schedule. By default each layer chooses for itself.
-    last_layer : int, optional
-        The last one that keeps what `layer` keeps; those behind it keep the most recent entries. By default the model's last.
     """
 
     pool: int = 7
     lead: int = 8
     layer: int | None = None
-    last_layer: int | None = None
 
     def __post_init__(self) -> None:
         _check_counts(pool=self.pool)
         _check_odd(self.pool)
-        for name in ("lead", "layer", "last_layer"):
+        for name in ("lead", "layer"):
             value = getattr(self, name)
-            if name != "lead" and value is None:
+            if name == "layer" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
-        if self.last_layer is not None and (self.layer is None or self.last_layer < self.layer):
-            raise ValueError(
-                f"last_layer={self.last_layer} must not be before layer={self.layer}, which chooses for it"
-            )
 
     def __call__(self, span: Span) -> Pair:
         if self.layer is None:
             return keep_entries(span, self._chosen(span))
-        if span.layer_idx < self.layer or (self.last_layer is not None and span.layer_idx > self.last_layer):
+        if span.layer_idx < self.layer:
             return keep_recent(span.keys, span.values, span.keep)
         if span.layer_idx == self.layer:
             span.shared[self] = self._chosen(span)
@@ -114,7 +106,7 @@ class KeepNovel:
 
     @torch.no_grad()
     def _chosen(self, span: Span) -> Tensor:
-        novelty = leverage(span.keys, span.following_keys).mean(dim=1, keepdim=True)
+        novelty = leverage(span.keys, span.following_keys).amax(dim=1, keepdim=True)
         scores = _pooled(novelty, self.pool)
         if self.lead:
             ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
@@ -127,14 +119,13 @@ class KeepNovel:
     def __name__(self) -> str:
         if self == keep_novel:
             return "keep_novel"
-        layers = f"layer={self.layer}" + ("" if self.last_layer is None else f", last_layer={self.last_layer}")
-        return f"keep_novel(pool={self.pool}, lead={self.lead}, {layers})"
+        return f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer})"
 
 
 def leverage(keys: Tensor, others: Tensor | None = None) -> Tensor:
     """How far each key is from the mean of all, measured by how far keys usually are in that direction.
 
-    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with the mean variance for `lambda`.
+    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with twice the mean variance for `lambda`.
 
     Parameters
     ----------

@@ -60,8 +60,8 @@ def most_novel(keys, following, keep, pool, lead):
         every = [*keys[head], *following[head]]
         mean = sum(every) / len(every)
         moments = sum(np.outer(key - mean, key - mean) for key in every)
-        inverse = np.linalg.inv(moments + np.trace(moments) / dim * np.eye(dim))
-        scores += [(key - mean) @ inverse @ (key - mean) / kv_heads for key in keys[head]]
+        inverse = np.linalg.inv(moments + 2 * np.trace(moments) / dim * np.eye(dim))
+        scores = np.maximum(scores, [(key - mean) @ inverse @ (key - mean) for key in keys[head]])
     half = pool // 2
     pooled = np.array([scores[max(0, i - half) : i + half + 1].mean() for i in range(n)])
     worth = np.array([pooled[i : i + lead + 1].max() for i in range(n)])
@@ -75,7 +75,7 @@ def llama_logits(
     """Logits `(tokens, vocabulary)` of one sequence.
 
     `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
-    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer, last_layer)` selects by novelty.
+    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer)` selects by novelty.
     """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
@@ -114,9 +114,9 @@ def llama_logits(
                 entries = keys[layer].shape[1]
                 spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
                 if novel is not None:
-                    pool, lead, first, last = novel
-                    leader = layer if first is None or not first <= layer <= last else first
-                    if first is not None and not first <= layer <= last:
+                    pool, lead, first = novel
+                    leader = layer if first is None or layer < first else first
+                    if first is not None and layer < first:
                         chosen[layer, place] = np.arange(stop - start - keep, stop - start)
                     elif leader == layer:
                         chosen[layer, place] = most_novel(spans[0], keys[layer][:, stop:], keep, pool, lead)

@@ -141,7 +141,7 @@ def test_recommend_measures_and_leaves_the_model_as_it_was(shipped):
     model, tokenizer, text = shipped
     found = recommend(model, tokenizer, text, window=64, wording=CODE)
     assert [each.name for each in found.candidates] == [
-        "paper", "streaming", "novel passages, R = 0.25N", "novel passages, R = 0.5N"
+        "paper", "streaming", "novel passages, R = 0.5N", "novel passages, R = 0.67N"
     ]  # fmt: skip
     assert found.candidates[1].facts == 0, "sinks and the most recent tokens hold nothing of four windows back"
     assert all(each.kl > 0 for each in found.candidates)
