@@ -152,6 +152,8 @@ def own_arms(args: argparse.Namespace, config: Any) -> dict[str, Arm]:
         ),
         "sinks + most recent": Arm(lambda prompt: FreqKVCache(config, window=n, compressor=freqkv.keep_recent)),
     }
+    for preset in ("streaming", "recommended"):
+        arms[f"preset {preset}"] = Arm(lambda prompt, preset=preset: FreqKVCache(config, window=n, preset=preset))
     for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
         if _is_installed(package):
             from transformers import QuantizedCache

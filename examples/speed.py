@@ -356,6 +356,40 @@ def prefill(args: argparse.Namespace) -> Iterator[dict]:
             yield row
 
 
+def presets(args: argparse.Namespace) -> Iterator[dict]:
+    """A token past the window, with its share of the folds, and a prompt, of each preset beside sinks + most recent."""
+    model, n = patched_model(args), args.window
+    device = torch.device(args.device)
+    anchor = "sinks + most recent, gamma = 0.5"
+    make = {"DynamicCache": functools.partial(DynamicCache, config=model.config)}
+    make[anchor] = functools.partial(FreqKVCache, model.config, window=n, compressor=freqkv.keep_recent)
+    for preset in freqkv.PRESETS:
+        make[f"preset {preset}"] = functools.partial(FreqKVCache, model.config, window=n, preset=preset)
+    rounds = max(1, args.rounds // 3)
+    with torch.no_grad():
+        for windows in args.lengths or (2, 8):
+            prompt, caches = text(args, windows * n), {}
+
+            def read(name: str, prompt: Tensor = prompt, caches: dict[str, Any] = caches) -> float:
+                caches[name] = make[name]()
+                return timed(lambda: model(prompt, **{CACHE: caches[name]}, logits_to_keep=1), device)
+
+            times = interleaved({name: functools.partial(read, name) for name in make}, rounds, f"{windows} windows")
+            tokens = {name: list[float]() for name in make}
+            for _ in tqdm(range(rounds), desc="a window of tokens", leave=False, unit="round"):
+                with rewound(caches["DynamicCache"], n):
+                    for name, seconds in in_turn(model, caches, text(args, n)).items():
+                        tokens[name].append(statistics.fmean(seconds))
+            for what, found in (("prompt, s", times), ("token, ms", tokens)):
+                scale = 1e3 if what == "token, ms" else 1
+                for name, seconds in found.items():
+                    yield {
+                        "windows": windows, "what": what, "arm": name, "median": statistics.median(seconds) * scale,
+                        "to_sinks_and_recent": ratio(found, name, anchor),
+                        "to_streaming": ratio(found, name, "preset streaming"),
+                    }  # fmt: skip
+
+
 def reference_low_pass(x: Tensor, keep: int) -> Tensor:
     """By complex FFTs over transposed copies, as implementations in the wild do it."""
 
@@ -761,6 +795,7 @@ def where_time_goes(
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[dict]]] = {
     "decode": decode,
     "prefill": prefill,
+    "presets": presets,
     "transform": transform,
     "batch": batch,
     "ragged": ragged,

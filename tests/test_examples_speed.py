@@ -11,6 +11,7 @@ import speed
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from freqkv import PRESETS
 from freqkv.models.upstream import CACHE
 
 SMALL = [
@@ -52,6 +53,15 @@ def test_prefill(tmp_path):
     rows = rows_of("prefill", tmp_path)
     assert arms(rows, tokens="192") == {"plain, N tokens", "FreqKV", "plain, T tokens"}
     assert all(0 < float(row["compression_share"]) < 1 for row in rows if row["arm"] == "FreqKV")
+
+
+def test_presets(tmp_path):
+    rows = rows_of("presets", tmp_path)
+    for what in ("prompt, s", "token, ms"):
+        found = arms(rows, what=what, windows="3")
+        assert found == {"DynamicCache", "sinks + most recent, gamma = 0.5", *(f"preset {name}" for name in PRESETS)}
+    streaming = [row for row in rows if row["arm"] == "preset streaming"]
+    assert {row["to_streaming"] for row in streaming} == {"1"}
 
 
 def test_transform(tmp_path):
