@@ -263,7 +263,7 @@ def write_markdown(path: Path, tables: Sequence[tuple[str, Sequence[str], Sequen
 
 
 def updated(text: str, folder: Path) -> str:
-    """A README with the tables of the folders beside it: between ``<!-- FOLDER/FILE.md NUMBER -->`` and ``<!-- end -->``."""
+    """A page with the tables of the folders beside it: between ``<!-- FOLDER/FILE.md NUMBER -->`` and ``<!-- end -->``."""
 
     def table(found: re.Match[str]) -> str:
         parts = (folder / found["file"]).read_text(encoding="utf-8").strip().split("\n\n")
@@ -381,9 +381,9 @@ def minus(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -
 
 
 def main() -> None:
-    """Put the tables into results/README.md, after scripts ran with ``--output examples/results``."""
-    readme = REPOSITORY / "results" / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf-8"), readme.parent), encoding="utf-8")
+    """Put the tables into results/*.md, after scripts ran with ``--output examples/results``."""
+    for page in (REPOSITORY / "results").glob("*.md"):
+        page.write_text(updated(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":
