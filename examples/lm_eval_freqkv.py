@@ -22,6 +22,7 @@ The model type is lm_eval's `hf` with one call of `freqkv.patch`. It takes all a
     recent_tokens   last entries that wait one compression; 0, the paper's value. About window / 8 suits models that were
                     not fine-tuned with FreqKV
     compressor      low_pass_entries (FreqKV), keep_recent, mean_pool or keep_attended
+    preset          paper, streaming or recommended: a compressor with its numbers, which those given beside it override
     pretrained      as of `hf`; smollm2 is SmolLM2-135M-Instruct, as in the other scripts
     max_length      tokens of a text that are read; what is longer loses its beginning. 1,048,576 by default, so that no
                     text is cut: with FreqKV the model's context does not limit it
@@ -61,8 +62,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import freqkv
-from freqkv import FreqKVConfig
-from freqkv.compressors import Compressor
+from freqkv import PRESETS, FreqKVConfig
+from freqkv.compressors import Compressor, compressor_name
 
 COMPRESSORS = ("low_pass_entries", "keep_recent", "mean_pool", "keep_attended")
 NO_LIMIT = 2**20  # tokens; a number, since lm_eval counts with it
@@ -81,7 +82,8 @@ class FreqKVLM(HFLM):
         sink_tokens: int | str | None = None,
         retain_ratio: float | str | None = None,
         recent_tokens: int | str | None = None,
-        compressor: str = COMPRESSORS[0],
+        compressor: str | None = None,
+        preset: str | None = None,
         max_length: int | str | None = None,
         gguf_file: str | None = None,
         **options: Any,
@@ -99,8 +101,12 @@ class FreqKVLM(HFLM):
             "retain_ratio": _number("retain_ratio", retain_ratio),
             "recent_tokens": _whole("recent_tokens", recent_tokens),
         }
-        config = FreqKVConfig(**{name: value for name, value in given.items() if value is not None})
-        chosen = _compressor(compressor)
+        numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        chosen = None if compressor is None else _compressor(compressor)
+        if preset is None:
+            numbers = {"config": FreqKVConfig(**numbers)}
+        elif preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is none of {', '.join(PRESETS)}")
         length = _whole("max_length", max_length)
         if length is not None and length < 1:
             raise ValueError(f"max_length={length} must be 1 or more")
@@ -111,8 +117,8 @@ class FreqKVLM(HFLM):
         else:
             _check_known(options)
         super().__init__(pretrained, max_length=length or NO_LIMIT, **options)
-        self.patch = freqkv.patch(self.model, config, compressor=chosen)
-        self.compressor = compressor
+        self.patch = freqkv.patch(self.model, preset=preset, compressor=chosen, **numbers)
+        self.preset = preset
         # Models that name a cache of transformers' own here (Gemma 2) would generate with that one.
         self.model.generation_config.cache_implementation = None
 
@@ -137,8 +143,14 @@ class FreqKVLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What results say about the model; the numbers are those that ran, whatever was left to defaults."""
-        numbers = {} if self.patch.config is None else dataclasses.asdict(self.patch.config)
-        return {**super().get_model_info(), "freqkv": {**numbers, "compressor": self.compressor}}
+        assert self.patch.config is not None
+        assert self.patch.compressor is not None
+        ran = {
+            **dataclasses.asdict(self.patch.config),
+            "compressor": compressor_name(self.patch.compressor),
+            "preset": self.preset,
+        }
+        return {**super().get_model_info(), "freqkv": ran}
 
 
 def _check_names(options: dict[str, Any]) -> None:
@@ -146,7 +158,7 @@ def _check_names(options: dict[str, Any]) -> None:
 
     All others go on to `hf`, and from there to transformers, which refuses those that it does not know.
     """
-    own = ("window", "sink_tokens", "retain_ratio", "recent_tokens", "compressor", "max_length")
+    own = ("window", "sink_tokens", "retain_ratio", "recent_tokens", "compressor", "preset", "max_length")
     for name in options:
         meant = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
         if meant:

@@ -129,10 +129,8 @@ def model(shipped):
     return AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("compressor", lm_eval_freqkv.COMPRESSORS)
-def test_log_likelihoods_are_those_of_each_row_alone_in_a_cache(
-    shipped, tasks, documents, tokenizer, model, compressor
-):
+@pytest.mark.parametrize("rule", [*lm_eval_freqkv.COMPRESSORS, "recommended"])
+def test_log_likelihoods_are_those_of_each_row_alone_in_a_cache(shipped, tasks, documents, tokenizer, model, rule):
     """The harness pads rows of 45 to 800 tokens on the right, and passes no attention mask."""
     _, found = evaluate(
         tasks,
@@ -140,14 +138,15 @@ def test_log_likelihoods_are_those_of_each_row_alone_in_a_cache(
         "freqkv",
         pretrained=str(shipped),
         dtype="float32",
-        compressor=compressor,
+        **({"preset": rule} if rule in freqkv.PRESETS else {"compressor": rule}),
         **NUMBERS,
     )
+    given = {"preset": rule} if rule in freqkv.PRESETS else {"compressor": getattr(freqkv, rule)}
     for doc, answers in zip(documents["endless"], found["multiple_choice_endless"], strict=True):
         before = tokenizer(doc["text"])["input_ids"]
         for choice, [[found_here, _]] in zip(doc["choices"], answers, strict=True):
             ids = tokenizer(doc["text"] + " " + choice)["input_ids"]
-            cache = FreqKVCache(model.config, compressor=getattr(freqkv, compressor), **NUMBERS)
+            cache = FreqKVCache(model.config, **given, **NUMBERS)
             expected = -losses_of(model, ids, cache)[len(before) - 1 :].sum().item()
             assert found_here == pytest.approx(expected, rel=1e-4)
             assert (cache.compressions > 0) == (len(ids) - 1 > NUMBERS["window"])
@@ -209,6 +208,7 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded():
     assert "max_length=0 must be 1 or more" in error(window=512, max_length=0)
     message = error(window=512, compressor="low_pass")
     assert all(name in message for name in lm_eval_freqkv.COMPRESSORS)
+    assert "preset='streamin' is none of paper, streaming, recommended" in error(window=512, preset="streamin")
 
 
 def test_arguments_that_transformers_does_not_know(shipped, model):
@@ -226,6 +226,7 @@ def test_the_model_and_what_results_say_of_it(shipped):
         model, tokenizer=AutoTokenizer.from_pretrained(shipped), window="None", recent_tokens="64", sink_tokens=4.0
     )
     told = {"window": 512, "sink_tokens": 4, "retain_ratio": 0.5, "recent_tokens": 64, "compressor": "low_pass_entries"}
+    told["preset"] = None
     assert lm.get_model_info()["freqkv"] == told
     assert lm.max_length == lm_eval_freqkv.NO_LIMIT > model.config.max_position_embeddings
     assert model.generation_config.cache_implementation is None

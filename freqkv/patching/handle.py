@@ -127,6 +127,11 @@ class Patch:
         """The numbers with which calls without a cache run; None if such calls are left alone."""
         return None if self._state.settings is None else self._state.settings.config
 
+    @property
+    def compressor(self) -> Compressor | None:
+        """What they fold with; None if such calls are left alone."""
+        return None if self._state.settings is None else self._state.settings.compressor
+
     def unpatch(self) -> None:
         """Same as `freqkv.unpatch(model)`."""
         unpatch(self.model)
