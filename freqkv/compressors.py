@@ -49,6 +49,8 @@ class Span:
         The layer of the cache, counted as the model counts its layers.
     start : int
         The slot of the first entry.
+    is_first : bool
+        Whether nothing was folded before.
     following_keys : Tensor or None
         `(rows, kv_heads, m, head_dim)`: keys before RoPE of the entries behind the span, the most recent ones, which stay as
         they are. None if nothing is known of them.
@@ -72,6 +74,7 @@ class Span:
     keep: int
     layer_idx: int = 0
     start: int = 0
+    is_first: bool = True
     following_keys: Tensor | None = None
     queries: Tensor | None = None
     query_start: int = 0

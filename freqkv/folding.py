@@ -36,6 +36,7 @@ def fold(
     queries: Queries | None,
     takes: bool | None = None,
     shared: Sequence[dict[Any, Any]] | None = None,
+    is_first: bool = True,
 ) -> tuple[int, tuple[Tensor, Tensor]]:
     """What stands behind some slot once entries are folded.
 
@@ -49,6 +50,8 @@ def fold(
         Whether the compressor takes a Span.
     shared : sequence of dict, optional
         For each fold, what its compressor hands from layer to layer.
+    is_first : bool
+        Whether nothing was folded before these.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def fold(
             entries = raw[0][:, :, first:last], raw[1][:, :, first:last]
             handed = {} if shared is None else shared[place]
             following = raw[0][:, :, last:]
-            span = Span(*entries, each.keep, layer_idx, each.start, following_keys=following, shared=handed)
+            span = Span(*entries, each.keep, layer_idx, each.start, is_first, following, shared=handed)
             if queries is not None:
                 held = start + raw[0].shape[2]
                 recent = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries

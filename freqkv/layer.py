@@ -146,8 +146,10 @@ class FreqKVLayer(EntriesLayer):
             asked = Queries(queries[:, :, -count:], self.scaling)
         else:
             asked = None
-        shared = part.shared(group)
-        return fold(folds, keys, values, rotation, self.compressor, self.layer_idx, asked, self.takes_span, shared)
+        shared, is_first = part.shared(group), part.is_first_fold(places[0])
+        return fold(
+            folds, keys, values, rotation, self.compressor, self.layer_idx, asked, self.takes_span, shared, is_first
+        )
 
     def fold_now(self, part: Part, rotation: SlotRotation) -> None:
         """Fold before the tokens of a part enter; until they are in, the layer is not intact."""

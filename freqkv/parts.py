@@ -184,7 +184,8 @@ class Part:
         groups: dict[Any, list[int]] = {}
         for place, token in enumerate(self.first):
             if folds := self.schedule.folds_before(token):
-                groups.setdefault((folds, self.since_fold(place), self.schedule.entries(token)), []).append(place)
+                alike = folds, self.since_fold(place), self.schedule.entries(token), self.is_first_fold(place)
+                groups.setdefault(alike, []).append(place)
         return [(folds, tuple(places)) for (folds, *_), places in groups.items()]
 
     @cached_property
@@ -202,6 +203,10 @@ class Part:
         """Tokens that the row at `place` has taken in since the fold before the one that is due now."""
         token = self.first[place]
         return token - self.schedule.previous_fold(token - 1)
+
+    def is_first_fold(self, place: int) -> bool:
+        """Whether nothing was folded in the row at `place` before the part enters."""
+        return self.schedule.previous_fold(self.first[place] - 1) == 0
 
     def memo(self, key: Any, make: Callable[[], Made]) -> Made:
         """What `make` returns, once for each key."""

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from freqkv.compressors import Pair, Span, keep_recent
+from freqkv.compressors import Pair, Span
 
 __all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
 
 RIDGE = 2.0  # of the mean variance: a rare direction is worth more than others, up to a point
+LATER = 1e-3  # by so much, the first layer's keys of the same token differ in their score: the later is kept
 _TINY = 1e-30  # where all keys are the same
 
 
@@ -63,6 +64,8 @@ class KeepNovel:
     kept has no gradient; keys and values have theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
+    Beside those, each KV head may keep entries of its own: those whose keys point away from the mean key (KeyDiff, arXiv
+    2504.15364), which serves predictions. They stand before the others, which so have the same slots in all layers.
 
     Parameters
     ----------
@@ -72,12 +75,15 @@ class KeepNovel:
         How many entries in front of a novel one are worth as much as it; 0 for none.
     layer : int, optional
         Layers behind this one keep the tokens that it keeps, those before it the most recent ones; all of them need the same
-        schedule. By default each layer chooses for itself.
+        schedule, of folds that start at the same slot. By default each layer chooses for itself.
+    own : float
+        Which share of the entries kept is each head's own.
     """
 
     pool: int = 7
     lead: int = 8
     layer: int | None = None
+    own: float = 0.0
 
     def __post_init__(self) -> None:
         _check_counts(pool=self.pool)
@@ -88,38 +94,59 @@ class KeepNovel:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+        if isinstance(self.own, bool) or not isinstance(self.own, (int, float)) or not 0 <= self.own < 1:
+            raise ValueError(f"own={self.own!r} must be a share, of at least 0 and less than 1")
 
     def __call__(self, span: Span) -> Pair:
+        own = int(self.own * span.keep)
         if self.layer is None:
-            return keep_entries(span, self._chosen(span))
+            return keep_entries(span, self._with_own(span, self._chosen(span, own), own))
         if span.layer_idx < self.layer:
-            return keep_recent(span.keys, span.values, span.keep)
+            n = span.keys.shape[2]
+            recent = torch.arange(n - span.keep + own, n, device=span.keys.device).expand(span.keys.shape[0], 1, -1)
+            return keep_entries(span, self._with_own(span, recent, own))
         if span.layer_idx == self.layer:
-            span.shared[self] = self._chosen(span)
+            span.shared[self] = self._chosen(span, own)
         elif self not in span.shared:
             raise ValueError(
                 f"layer {span.layer_idx} is to keep what layer {self.layer} keeps, which is not there: it has to be a "
                 "compressed layer of the same schedule before it and, in calls without a cache, on the same device. Pass "
                 "KeepNovel another layer=, or none"
             )
-        return keep_entries(span, span.shared[self].to(span.keys.device))
+        return keep_entries(span, self._with_own(span, span.shared[self].to(span.keys.device), own))
 
     @torch.no_grad()
-    def _chosen(self, span: Span) -> Tensor:
-        novelty = leverage(span.keys, span.following_keys).amax(dim=1, keepdim=True)
+    def _chosen(self, span: Span, own: int) -> Tensor:
+        """Places of the novel entries, `(rows, 1, keep - own)`; the first `own` are other tokens in each layer after a fold."""
+        start = 0 if span.is_first else own
+        novelty = leverage(span.keys[:, :, start:], span.following_keys).amax(dim=1, keepdim=True)
         scores = _pooled(novelty, self.pool)
         if self.lead:
             ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
             scores = functional.max_pool1d(ahead.flatten(0, 1), self.lead + 1, stride=1).unflatten(0, scores.shape[:2])
         waiting = min(self.lead + self.pool // 2, scores.shape[-1])
         scores[..., scores.shape[-1] - waiting :] = torch.inf
-        return best(scores, span.keep)
+        return start + best(scores, span.keep - own)
+
+    @torch.no_grad()
+    def _with_own(self, span: Span, chosen: Tensor, own: int) -> Tensor:
+        """`chosen`, and before them those that each head keeps for itself, `(rows, kv_heads, keep)`."""
+        if not own:
+            return chosen
+        chosen = chosen.expand(-1, span.keys.shape[1], -1)
+        every = span.keys if span.following_keys is None else torch.cat([span.keys, span.following_keys], dim=-2)
+        mean = functional.normalize(every, dim=-1).mean(dim=-2, keepdim=True)
+        later = torch.linspace(0, LATER, span.keys.shape[2], dtype=mean.dtype, device=mean.device)
+        apart = later - functional.cosine_similarity(span.keys, mean, dim=-1)
+        scores = apart.scatter(-1, chosen, -torch.inf)
+        return torch.cat([best(scores, own), chosen], dim=-1)
 
     @property
     def __name__(self) -> str:
         if self == keep_novel:
             return "keep_novel"
-        return f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer})"
+        own = f", own={self.own:g}" if self.own else ""
+        return f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer}{own})"
 
 
 def leverage(keys: Tensor, others: Tensor | None = None) -> Tensor:

@@ -69,13 +69,25 @@ def most_novel(keys, following, keep, pool, lead):
     return np.sort(sorted(range(n), key=lambda i: (-worth[i], -i))[:keep])
 
 
+def most_apart(keys, following, keep, taken):
+    """Places of the entries, none of those in `taken`, whose keys `(n, dim)` have the least cosine with the mean unit key.
+
+    Of those that are alike, the later ones.
+    """
+    units = [key / np.linalg.norm(key) for key in [*keys, *following]]
+    mean = sum(units) / len(units)
+    free = [i for i in range(len(keys)) if i not in taken]
+    mean, later = mean / np.linalg.norm(mean), 1e-3 / max(1, len(keys) - 1)
+    return sorted(sorted(free, key=lambda i: units[i] @ mean - later * i)[:keep])
+
+
 def llama_logits(
     model, tokens, window, sinks, ratio, recents, squeeze=low_pass, attended=None, schedule=None, novel=None
 ) -> np.ndarray:
     """Logits `(tokens, vocabulary)` of one sequence.
 
     `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
-    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer)` selects by novelty.
+    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer, own)` selects by novelty.
     """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
@@ -114,13 +126,21 @@ def llama_logits(
                 entries = keys[layer].shape[1]
                 spans = [held[:, start:stop] for held in (keys[layer], values[layer])]
                 if novel is not None:
-                    pool, lead, first = novel
+                    pool, lead, first, share = novel
+                    own = int(share * keep)
                     leader = layer if first is None or layer < first else first
+                    following = keys[layer][:, stop:]
                     if first is not None and layer < first:
-                        chosen[layer, place] = np.arange(stop - start - keep, stop - start)
+                        chosen[layer, place] = np.arange(stop - start - keep + own, stop - start)
                     elif leader == layer:
-                        chosen[layer, place] = most_novel(spans[0], keys[layer][:, stop:], keep, pool, lead)
-                    kept = [held[:, chosen[leader, place]] for held in spans]
+                        begin = own if number > window else 0
+                        picked = most_novel(spans[0][:, begin:], following, keep - own, pool, lead)
+                        chosen[layer, place] = begin + picked
+                    places = [
+                        [*most_apart(mine, others, own, chosen[leader, place]), *chosen[leader, place]]
+                        for mine, others in zip(spans[0], following, strict=True)
+                    ]
+                    kept = [np.stack([each[at] for each, at in zip(held, places, strict=True)]) for held in spans]
                 elif attended is None:
                     kept = [squeeze(span, keep) for span in spans]
                 else:

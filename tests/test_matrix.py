@@ -24,6 +24,7 @@ COMPRESSORS = {
     "attended": KeepAttended(queries=5, pool=3),
     "novel": KeepNovel(pool=3, lead=2),
     "novel, one layer for all": KeepNovel(pool=1, lead=1, layer=0),
+    "novel, with entries of each head's own": KeepNovel(pool=3, lead=1, layer=1, own=0.5),
     "novel, the layers behind one": KeepNovel(pool=3, lead=0, layer=1),
 }
 BOUND = 1e-9  # the model is one of float64 throughout, whose logits are of order 1

@@ -21,15 +21,18 @@ from freqkv.models.upstream import CACHE
 from freqkv.selection import best, leverage
 
 ALONE, LED = KeepNovel(pool=3, lead=2), KeepNovel(pool=3, lead=2, layer=0)
-BOTH = pytest.mark.parametrize("compressor", [ALONE, LED], ids=["alone", "led"])
+OWN = KeepNovel(pool=3, lead=2, layer=0, own=0.4)
+BOTH = pytest.mark.parametrize("compressor", [ALONE, LED, OWN], ids=["alone", "led", "own"])
 
 
-@pytest.mark.parametrize("compressor", [ALONE, LED, KeepNovel(1, 0), KeepNovel(5, 4, 1)])
+@pytest.mark.parametrize(
+    "compressor", [ALONE, LED, OWN, KeepNovel(1, 0), KeepNovel(5, 4, 1, 0.6), KeepNovel(1, 0, own=0.3)]
+)
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_keep_novel_is_the_float64_loop(compressor, kv_heads):
     model = tiny_llama(4, kv_heads)
     ids = tokens(5 * N)
-    novel = compressor.pool, compressor.lead, compressor.layer
+    novel = compressor.pool, compressor.lead, compressor.layer, compressor.own
     expected = llama_logits(model, ids[0], N, 3, 0.5, 5, novel=novel)
     other = llama_logits(model, ids[0], N, 3, 0.5, 5, squeeze=lambda x, keep: x[:, -keep:])
     freqkv.patch(model)
@@ -237,6 +240,8 @@ def test_numbers_are_checked():
         ({"pool": 0}, "pool=0 must be a whole number of at least 1"),
         ({"lead": -1}, "lead=-1 must be a whole number of at least 0"),
         ({"layer": True}, "layer=True must be a whole number"),
+        ({"own": 1.0}, "own=1.0 must be a share"),
+        ({"own": -0.1}, "own=-0.1 must be a share"),
     ):
         with pytest.raises(ValueError, match=message):
             KeepNovel(**options)
