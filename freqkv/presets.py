@@ -83,8 +83,8 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "recommended",
-            "sinks, the most recent two thirds of the window, and the passages that are least like the rest (KeepNovel)",
-            lambda model_config: KeepNovel(layer=choosing_layer(model_config)),
+            "sinks, the most recent two thirds of the window, and passages and keys that are least like the rest (KeepNovel)",
+            lambda model_config: KeepNovel(layer=choosing_layer(model_config), own=0.4),
             recent=2 / 3,
             folds=8,
         ),

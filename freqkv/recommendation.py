@@ -141,7 +141,9 @@ def recommend(
         candidates = {name: PRESETS[name].settings(inner.config, window=size) for name in ("paper", "streaming")}
         for share in RECENT:
             chosen = PRESETS["recommended"].settings(inner.config, window=size, recent_tokens=int(share * size))
-            candidates[f"novel passages, R = {share:.2g}N"] = replace(chosen, compressor=KeepNovel(layer=layer))
+            assert isinstance(chosen.compressor, KeepNovel)
+            led = replace(chosen, compressor=replace(chosen.compressor, layer=layer))
+            candidates[f"novel passages, R = {share:.2g}N"] = led
         kl = _divergences(inner, stretches, candidates)
         measured = []
         for name, settings in candidates.items():
