@@ -55,7 +55,7 @@ class KeepAttended:
 
 @dataclass(frozen=True)
 class KeepNovel:
-    """Keep the passages that are least like the rest of the span; the same tokens in all heads, in order.
+    """Keep the passages that are least like the rest, the same tokens in all heads; and keys of each head's own.
 
     The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind
     it, in the KV head where that is largest, averaged over the `pool` entries around it. An entry counts as much as the most
