@@ -41,7 +41,8 @@ class Span:
     Attributes
     ----------
     keys, values : Tensor
-        `(rows, kv_heads, n, head_dim)`, oldest first; keys *before* RoPE. The two head sizes may differ. They may be views
+        `(rows, kv_heads, n, head_dim)`, in the order of their slots: the oldest first, unless the compressor put others before
+        them; keys *before* RoPE. The two head sizes may differ. They may be views
         of the cache, which it writes over after the fold: copy what is to be kept.
     keep : int
         How many entries are wanted in their place.
@@ -49,11 +50,6 @@ class Span:
         The layer of the cache, counted as the model counts its layers.
     start : int
         The slot of the first entry.
-    is_first : bool
-        Whether nothing was folded before.
-    following_keys : Tensor or None
-        `(rows, kv_heads, m, head_dim)`: keys before RoPE of the entries behind the span, the most recent ones, which stay as
-        they are. None if nothing is known of them.
     queries : Tensor or None
         `(rows, heads, m, head_dim)`: the last queries before the fold, before RoPE, oldest first, without gradients; None
         unless the compressor asks for them. `m` is the number that it asks for, or that of the tokens since the fold before,
@@ -67,6 +63,13 @@ class Span:
     shared : dict
         The same one for this fold in all layers that have the same schedule, from the first layer to the last: what a layer
         puts in there, layers behind it find.
+    following_keys : Tensor or None
+        `(rows, kv_heads, m, head_dim)`: keys before RoPE of the entries behind the span, which this fold leaves as they are.
+        None if nothing is known of them.
+    is_first : bool
+        Whether nothing was folded before the token that this fold makes room for.
+    folds : int
+        How many folds make room for it, this one among them.
     """
 
     keys: Tensor
@@ -74,13 +77,14 @@ class Span:
     keep: int
     layer_idx: int = 0
     start: int = 0
-    is_first: bool = True
-    following_keys: Tensor | None = None
     queries: Tensor | None = None
     query_start: int = 0
     scaling: float = 1.0
     rotate: Callable[[Tensor, int], Tensor] = lambda x, slot: x
     shared: dict[Any, Any] = field(default_factory=dict)
+    following_keys: Tensor | None = None
+    is_first: bool = True
+    folds: int = 1
 
     def attention(self) -> Tensor:
         """Attention of the queries over the entries of the span alone, `(rows, heads, m, n)`; a query sees no later entry.

@@ -67,8 +67,16 @@ def fold(
             first, last = each.start - start, each.stop - start
             entries = raw[0][:, :, first:last], raw[1][:, :, first:last]
             handed = {} if shared is None else shared[place]
-            following = raw[0][:, :, last:]
-            span = Span(*entries, each.keep, layer_idx, each.start, is_first, following, shared=handed)
+            span = Span(
+                *entries,
+                each.keep,
+                layer_idx,
+                each.start,
+                shared=handed,
+                following_keys=raw[0][:, :, last:],
+                is_first=is_first,
+                folds=len(folds),
+            )
             if queries is not None:
                 held = start + raw[0].shape[2]
                 recent = queries.states[:, :, -held:]  # after a first fold, fewer may be left than there were queries

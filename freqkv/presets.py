@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "recommended",
             "sinks, the most recent two thirds of the window, and passages and keys that are least like the rest (KeepNovel)",
-            lambda model_config: KeepNovel(layer=choosing_layer(model_config), own=0.4),
+            lambda model_config: KeepNovel(layer=choosing_layer(model_config), per_head=0.4),
             recent=2 / 3,
             folds=8,
         ),

@@ -12,8 +12,8 @@ from freqkv.compressors import Pair, Span
 
 __all__ = ["KeepAttended", "KeepNovel", "best", "keep_attended", "keep_entries", "keep_novel", "leverage"]
 
-RIDGE = 2.0  # of the mean variance: a rare direction is worth more than others, up to a point
-LATER = 1e-3  # by so much, the first layer's keys of the same token differ in their score: the later is kept
+RIDGE = 2.0  # of the keys' mean sum of squares in a channel: a rare direction is worth more than others, up to a point
+TIE_SLOPE = 1e-3  # over a span: of equal keys, as those of one token in the first layer, the later is kept
 _TINY = 1e-30  # where all keys are the same
 
 
@@ -60,12 +60,17 @@ class KeepNovel:
     The novelty of an entry is the leverage of its key (:func:`leverage`) among those of the span and of the entries behind
     it, in the KV head where that is largest, averaged over the `pool` entries around it. An entry counts as much as the most
     novel one among itself and the `lead` entries behind it: what leads to something new is kept with it. The last
-    `lead + pool // 2` entries wait for the next fold, which sees what they lead to. No queries are needed. Which entries are
-    kept has no gradient; keys and values have theirs. Leverage as a score of keys before RoPE: Compactor (arXiv 2507.08143).
+    `lead + pool // 2` entries wait for the next fold, which sees what they lead to; they take at most half of the places. No
+    queries are needed. Which entries are kept has no gradient; keys and values have theirs. Leverage as a score of keys
+    before RoPE: Compactor (arXiv 2507.08143).
 
     In most layers novelty says little; in a few it tells facts from the text around them. So one layer may choose for others.
-    Beside those, each KV head may keep entries of its own: those whose keys point away from the mean key (KeyDiff, arXiv
-    2504.15364), which serves predictions. They stand before the others, which so have the same slots in all layers.
+    Beside those, each KV head may keep entries by itself: those whose keys point away from the mean key (KeyDiff, arXiv
+    2504.15364), which serves predictions. They stand before the others, which so have the same slots in all layers, and after
+    the first fold they are no candidates for novelty.
+
+    Of SmolLM2's three KV heads one tells facts from the text. Models with many were not measured: there the largest leverage
+    over heads may be that of a head which tells nothing.
 
     Parameters
     ----------
@@ -75,15 +80,21 @@ class KeepNovel:
         How many entries in front of a novel one are worth as much as it; 0 for none.
     layer : int, optional
         Layers behind this one keep the tokens that it keeps, those before it the most recent ones; all of them need the same
-        schedule, of folds that start at the same slot. By default each layer chooses for itself.
-    own : float
-        Which share of the entries kept is each head's own.
+        schedule. By default each layer chooses for itself.
+    per_head : float
+        Which share of the entries kept each head chooses for itself. It needs a schedule that folds one span at a time, always
+        from the same slot to as many entries.
+
+    Raises
+    ------
+    ValueError
+        At a fold, if what `layer` keeps is not there, or if several spans are folded at once and `per_head` is not 0.
     """
 
     pool: int = 7
     lead: int = 8
     layer: int | None = None
-    own: float = 0.0
+    per_head: float = 0.0
 
     def __post_init__(self) -> None:
         _check_counts(pool=self.pool)
@@ -94,65 +105,80 @@ class KeepNovel:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
-        if isinstance(self.own, bool) or not isinstance(self.own, (int, float)) or not 0 <= self.own < 1:
-            raise ValueError(f"own={self.own!r} must be a share, of at least 0 and less than 1")
+        share = self.per_head
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ValueError(f"per_head={share!r} must be a share, of at least 0 and less than 1")
 
     def __call__(self, span: Span) -> Pair:
-        own = int(self.own * span.keep)
+        if self.per_head and span.folds > 1:
+            raise ValueError(
+                f"per_head={self.per_head} needs a schedule that folds one span at a time, this one folds {span.folds}: pass "
+                "KeepNovel per_head=0, or another schedule"
+            )
+        return keep_entries(span, self._with_each_heads(span, self._for_all_heads(span)))
+
+    def _for_all_heads(self, span: Span) -> Tensor:
+        """Places of what all heads keep, `(rows, 1, entries)`."""
         if self.layer is None:
-            return keep_entries(span, self._with_own(span, self._chosen(span, own), own))
+            return self._novel(span)
         if span.layer_idx < self.layer:
-            n = span.keys.shape[2]
-            recent = torch.arange(n - span.keep + own, n, device=span.keys.device).expand(span.keys.shape[0], 1, -1)
-            return keep_entries(span, self._with_own(span, recent, own))
+            rows, _, n, _ = span.keys.shape
+            count = span.keep - self._each_heads(span)
+            return torch.arange(n - count, n, device=span.keys.device).expand(rows, 1, -1)
         if span.layer_idx == self.layer:
-            span.shared[self] = self._chosen(span, own)
+            span.shared[self] = self._novel(span)
         elif self not in span.shared:
             raise ValueError(
                 f"layer {span.layer_idx} is to keep what layer {self.layer} keeps, which is not there: it has to be a "
                 "compressed layer of the same schedule before it and, in calls without a cache, on the same device. Pass "
                 "KeepNovel another layer=, or none"
             )
-        return keep_entries(span, self._with_own(span, span.shared[self].to(span.keys.device), own))
+        chosen: Tensor = span.shared[self]
+        return chosen.to(span.keys.device)
+
+    def _each_heads(self, span: Span) -> int:
+        """How many entries each head keeps by itself."""
+        return int(self.per_head * span.keep)
 
     @torch.no_grad()
-    def _chosen(self, span: Span, own: int) -> Tensor:
-        """Places of the novel entries, `(rows, 1, keep - own)`; the first `own` are other tokens in each layer after a fold."""
-        start = 0 if span.is_first else own
+    def _novel(self, span: Span) -> Tensor:
+        count = span.keep - self._each_heads(span)
+        start = 0 if span.is_first else span.keep - count  # what stands before are other tokens in each head
         novelty = leverage(span.keys[:, :, start:], span.following_keys).amax(dim=1, keepdim=True)
         scores = _pooled(novelty, self.pool)
         if self.lead:
             ahead = functional.pad(scores, (0, self.lead), value=-torch.inf)
             scores = functional.max_pool1d(ahead.flatten(0, 1), self.lead + 1, stride=1).unflatten(0, scores.shape[:2])
-        waiting = min(self.lead + self.pool // 2, scores.shape[-1])
+        waiting = min(self.lead + self.pool // 2, count // 2)
         scores[..., scores.shape[-1] - waiting :] = torch.inf
-        return start + best(scores, span.keep - own)
+        return start + best(scores, count)
 
     @torch.no_grad()
-    def _with_own(self, span: Span, chosen: Tensor, own: int) -> Tensor:
-        """`chosen`, and before them those that each head keeps for itself, `(rows, kv_heads, keep)`."""
-        if not own:
+    def _with_each_heads(self, span: Span, chosen: Tensor) -> Tensor:
+        """`chosen`, and before them those that each head keeps by itself, `(rows, kv_heads, keep)`."""
+        count = self._each_heads(span)
+        if not count:
             return chosen
         chosen = chosen.expand(-1, span.keys.shape[1], -1)
         every = span.keys if span.following_keys is None else torch.cat([span.keys, span.following_keys], dim=-2)
         mean = functional.normalize(every, dim=-1).mean(dim=-2, keepdim=True)
-        later = torch.linspace(0, LATER, span.keys.shape[2], dtype=mean.dtype, device=mean.device)
+        later = torch.linspace(0, TIE_SLOPE, span.keys.shape[2], dtype=mean.dtype, device=mean.device)
         apart = later - functional.cosine_similarity(span.keys, mean, dim=-1)
         scores = apart.scatter(-1, chosen, -torch.inf)
-        return torch.cat([best(scores, own), chosen], dim=-1)
+        return torch.cat([best(scores, count), chosen], dim=-1)
 
     @property
     def __name__(self) -> str:
         if self == keep_novel:
             return "keep_novel"
-        own = f", own={self.own:g}" if self.own else ""
-        return f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer}{own})"
+        share = f", per_head={self.per_head:g}" if self.per_head else ""
+        return f"keep_novel(pool={self.pool}, lead={self.lead}, layer={self.layer}{share})"
 
 
 def leverage(keys: Tensor, others: Tensor | None = None) -> Tensor:
     """How far each key is from the mean of all, measured by how far keys usually are in that direction.
 
-    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with twice the mean variance for `lambda`.
+    `diag(X (X' X + lambda I)^-1 X')` of the centred keys `X`, with twice the mean diagonal of `X' X` for `lambda`.
 
     Parameters
     ----------

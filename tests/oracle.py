@@ -65,7 +65,7 @@ def most_novel(keys, following, keep, pool, lead):
     half = pool // 2
     pooled = np.array([scores[max(0, i - half) : i + half + 1].mean() for i in range(n)])
     worth = np.array([pooled[i : i + lead + 1].max() for i in range(n)])
-    worth[max(0, n - lead - half) :] = np.inf  # what they lead to is not there yet
+    worth[n - min(lead + half, keep // 2) :] = np.inf  # what they lead to is not there yet
     return np.sort(sorted(range(n), key=lambda i: (-worth[i], -i))[:keep])
 
 
@@ -87,7 +87,7 @@ def llama_logits(
     """Logits `(tokens, vocabulary)` of one sequence.
 
     `attended=(queries, pool)` selects by attention in place of `squeeze`; `schedule(token, entries)` gives the folds
-    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer, own)` selects by novelty.
+    `(start, stop, keep)` before a token in place of the paper's; `novel=(pool, lead, layer, per_head)` selects by novelty.
     """
     config = model.config
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}

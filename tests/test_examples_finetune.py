@@ -137,7 +137,7 @@ def test_a_teacher_is_the_untrained_model_with_full_attention(full, tmp_path, sh
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == pytest.approx(sum(losses[:2]) / 2, abs=2e-4), "the mean over batches"
     settings = freqkv.Settings.load(tmp_path / "run")
-    assert settings.compressor == freqkv.KeepNovel(layer=1, own=0.4)
+    assert settings.compressor == freqkv.KeepNovel(layer=1, per_head=0.4)
     assert settings.config == FreqKVCache(trainer.model.config, preset="recommended", window=64).config
 
 
