@@ -384,7 +384,8 @@ def presets(args: argparse.Namespace) -> Iterator[dict]:
                 scale = 1e3 if what == "token, ms" else 1
                 for name, seconds in found.items():
                     yield {
-                        "windows": windows, "what": what, "arm": name, "median": statistics.median(seconds) * scale,
+                        "windows": windows, "what": what, "rounds": rounds, "arm": name,
+                        "median": statistics.median(seconds) * scale,
                         "to_sinks_and_recent": ratio(found, name, anchor),
                         "to_streaming": ratio(found, name, "preset streaming"),
                     }  # fmt: skip

@@ -24,7 +24,7 @@ from freqkv.settings import Settings
 
 __all__ = ["Candidate", "Recommendation", "bytes_per_entry", "facts_kept", "recommend"]
 
-ENOUGH = 0.8  # of the facts that the best layer keeps by itself: settings that keep as many count as keeping facts
+ENOUGH = 0.8  # of the facts that the best candidate keeps: those that keep as many count as keeping facts
 RECENT = (1 / 2, 2 / 3)  # shares of the window
 LENGTH, FACTS, STRETCHES = 4, 4, 2  # windows of a text; texts with a fact; stretches whose predictions are compared
 LEAST = 32  # entries
@@ -41,8 +41,8 @@ class Candidate:
     kl : float
         KL to the full cache behind the first window, nats per token.
     facts : float
-        The share of the tokens of facts, two windows back and more, that is still held, over the layers; 0 for the
-        low-pass, which holds no single tokens.
+        The share of the tokens of facts, two windows back and more, that is still held, over the layers from the one that
+        chooses on; 0 for the low-pass, which holds no single tokens.
     """
 
     name: str
@@ -148,9 +148,15 @@ def recommend(
         measured = []
         for name, settings in candidates.items():
             kept = {} if settings.compressor is low_pass_entries else facts_kept(inner, tokenizer, samples, settings)
-            measured.append(Candidate(name, settings, kl[name], sum(kept.values()) / max(1, len(kept))))
-    keeping = [each for each in measured if each.facts >= ENOUGH * by_layer[layer] > 0] or measured
-    return Recommendation(min(keeping, key=lambda each: each.kl).settings, tuple(measured), by_layer)
+            looking = [share for index, share in kept.items() if index >= layer]
+            measured.append(Candidate(name, settings, kl[name], sum(looking) / max(1, len(looking))))
+    return Recommendation(best_of(measured).settings, tuple(measured), by_layer)
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The one with the least divergence among those that keep nearly as many facts as any."""
+    most = max(each.facts for each in candidates)
+    return min((each for each in candidates if each.facts >= ENOUGH * most), key=lambda each: each.kl)
 
 
 def bytes_per_entry(model: PreTrainedModel) -> int:

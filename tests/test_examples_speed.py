@@ -60,8 +60,11 @@ def test_presets(tmp_path):
     for what in ("prompt, s", "token, ms"):
         found = arms(rows, what=what, windows="3")
         assert found == {"DynamicCache", "sinks + most recent, gamma = 0.5", *(f"preset {name}" for name in PRESETS)}
-    streaming = [row for row in rows if row["arm"] == "preset streaming"]
-    assert {row["to_streaming"] for row in streaming} == {"1"}
+    assert {row["rounds"] for row in rows} == {"1"}  # so that a ratio is that of the medians
+    medians = {(row["windows"], row["what"], row["arm"]): float(row["median"]) for row in rows}
+    for (windows, what, arm), row in zip(medians, rows, strict=True):
+        expected = medians[windows, what, arm] / medians[windows, what, "preset streaming"]
+        assert float(row["to_streaming"]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_transform(tmp_path):

@@ -26,7 +26,7 @@ from freqkv import (
 from freqkv.evaluation import CODE, Haystack
 from freqkv.models.upstream import CACHE
 from freqkv.presets import choosing_layer
-from freqkv.recommendation import bytes_per_entry, facts_kept
+from freqkv.recommendation import Candidate, best_of, bytes_per_entry, facts_kept
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "tiny_lm"
 ALL = pytest.mark.parametrize("preset", PRESETS)
@@ -145,7 +145,7 @@ def test_recommend_measures_and_leaves_the_model_as_it_was(shipped):
     ]  # fmt: skip
     assert found.candidates[1].facts == 0, "sinks and the most recent tokens hold nothing of four windows back"
     assert all(each.kl > 0 for each in found.candidates)
-    assert found.settings in [each.settings for each in found.candidates]
+    assert found.settings == best_of(found.candidates).settings
     assert set(found.facts_by_layer) == set(range(model.config.num_hidden_layers))
     assert "(recommended)" in str(found)
     assert len(str(found).splitlines()) == 8
@@ -154,6 +154,20 @@ def test_recommend_measures_and_leaves_the_model_as_it_was(shipped):
     per_entry = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 4
     by_memory = recommend(model, tokenizer, text, memory=64 * per_entry + 5, wording=CODE)
     assert by_memory == found
+
+
+@pytest.mark.parametrize(
+    ("measured", "best"),
+    [
+        ({"a": (0.10, 0.0), "b": (0.12, 0.9), "c": (0.11, 0.8)}, "c"),  # nearly as many facts, and nearer
+        ({"a": (0.10, 0.7), "b": (0.12, 0.9)}, "b"),  # fewer than four fifths of the most
+        ({"a": (0.10, 0.0), "b": (0.09, 0.0), "c": (0.11, 0.0)}, "b"),  # nothing keeps facts
+        ({"a": (0.10, 0.0), "b": (0.50, 0.01)}, "b"),
+    ],
+)
+def test_the_nearest_of_those_that_keep_facts_is_recommended(measured, best):
+    settings = Settings(FreqKVConfig(64), keep_recent)
+    assert best_of([Candidate(name, settings, *figures) for name, figures in measured.items()]).name == best
 
 
 def test_facts_are_kept_where_everything_is_and_nowhere_where_nothing_is(shipped):
